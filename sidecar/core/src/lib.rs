@@ -12,7 +12,11 @@ extern crate std;
 
 pub mod front;
 pub mod geometry;
+pub mod handover;
 pub mod limits;
 pub mod nbd;
+pub mod record;
 pub mod replica;
+pub mod regions;
 pub mod storage;
+pub mod tracker;

@@ -9,3 +9,6 @@ pub const FRAME_EXTENTS_MAX: usize = 256;
 pub const DISKS_MAX: usize = 64;
 /// Largest disk in bytes (16 TiB): bounds the dirty map and every decoded offset.
 pub const DISK_BYTES_MAX: u64 = 16 << 40;
+/// Most guest writes between admission and completion, all disks together. Above the sum of what front ends admit
+/// (QEMU: 16 per NBD connection); a writer that finds no slot spins, so this is a backstop and not a queue.
+pub const WRITES_IN_FLIGHT_MAX: usize = 512;

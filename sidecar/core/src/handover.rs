@@ -1,0 +1,645 @@
+//! Who may write: the one transition table of roles and epochs, for both sides (design §3.5, §3.6; invariant I6).
+//!
+//! ```text
+//!  active side                                          other side
+//!  Serving ──open──▶ HandoverOpen ──Acquire──▶ Sealed   Replica ──guest attaches──▶ (attached) ──Acquire▶ peer
+//!     ▲                    │                     │         │  ▲                          │
+//!     │◀────Void{e+1}──────┴────────Void─────────┤         │  └── Voided ◀──void────┤
+//!     │     (rises to e+2)                       │         │        Void{e+1} recorded first │
+//!     │                                    Activated{e+1}  │                          │ Grant + applied
+//!     │                                          ▼         │                          ▼
+//!     └──────────────────────────────────── (peer)      Released ──adopted──▶ Replica   Serving {e+1}
+//!  any active side that meets a higher epoch it did not grant: Fenced ──person accepts──▶ Released ──▶ Replica
+//!  Replica/Voided ──promote──▶ Promoting ──rolled──▶ Serving {max(floor, e)+1}, `unfenced`
+//! ```
+//!
+//! Pure: [`Site::apply`] maps (record, event) to actions, to be performed *in order*; an action after
+//! [`Action::Persist`] is performed only once the record is durable. A crash between two actions is a crash: the next
+//! start reads the record and goes on from [`Site::new`]. Events may come twice and late; nothing here counts time.
+//!
+//! It does not move data, send frames or gate I/O by itself: actions name that for the shell.
+
+use alloc::{vec, vec::Vec};
+
+use crate::{
+    geometry::{ActivationId, Epoch, Generation},
+    record::{Id, Role, RoleRecord},
+};
+
+/// What one side tells the other about the right to write. Each carries what makes it stale-proof.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Message {
+    /// Source: `HandoverOpen` is durable at this epoch.
+    Open { handover: Id, epoch: Epoch },
+    /// Target: the incoming QEMU is connected.
+    Attached { handover: Id },
+    /// Source: the outgoing QEMU flushed and left.
+    QemuLeft { handover: Id },
+    /// Target: asks for the right to write. Only a grant with this nonce and session counts.
+    Acquire { handover: Id, nonce: Id, session: u64 },
+    /// Source: sealed at `epoch`; everything it ever acknowledged is in `generation`.
+    Grant { handover: Id, nonce: Id, session: u64, epoch: Epoch, generation: Generation },
+    /// Target: it is the active side now, at `epoch`, beginning from `generation`.
+    Activated { handover: Id, epoch: Epoch, generation: Generation },
+    /// Source: `Released` is durable.
+    Released { handover: Id },
+    /// Target: this handover is void; no Activate at `epoch` will ever be accepted by it.
+    Void { handover: Id, epoch: u64 },
+    /// Source: it serves on, at this epoch.
+    Voided { handover: Id, epoch: Epoch },
+}
+
+/// What happened. Random bits come in with the events that need them.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Event {
+    /// The operator (or a person) opens a handover at the source.
+    OpenHandover { handover: Id },
+    /// A QEMU connected at a side that does not serve.
+    GuestAttached,
+    /// The last QEMU left (source: after a flush, cleanly; target: for any reason).
+    GuestLeft,
+    /// The attached guest wants to write, or to read after the source's QEMU left, or the operator saw it running here,
+    /// or a stopped VM shall start here (`handover` is then made up by the caller and opened by the peer on request).
+    WantWrite { nonce: Id },
+    /// The operator says that the migration failed and no QEMU runs here.
+    WantVoid { activation: ActivationId },
+    /// A person or the operator promotes this side to a kept generation (already chosen).
+    Promote { generation: Generation },
+    /// The image equals the generation that `Promoting` names.
+    Rolled { activation: ActivationId },
+    /// A person lets the divergent writes of this fenced side be overwritten.
+    AcceptDivergence,
+    /// Sealed: no guest write is in flight, and everything is in `generation`, whose commit list has been sent.
+    RemainderSent { generation: Generation },
+    /// Target: `generation` is committed, fully applied, durable, the journal retired.
+    Applied { generation: Generation, activation: ActivationId },
+    /// `Released`: the folder is a replica's now.
+    Adopted,
+    /// A connection to the peer stands and its record is known.
+    Met { peer: Peer, activation: ActivationId },
+    /// The connection is gone.
+    Parted,
+    Received(Message, ActivationId),
+}
+
+/// The peer's durable record as far as it matters here.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Peer {
+    pub epoch: Epoch,
+    pub floor: u64,
+    pub role: PeerRole,
+    /// Newest generation committed there, or from which it serves.
+    pub generation: Generation,
+}
+
+/// The peer's role with the names that tie it to ours.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum PeerRole {
+    Active { handover: Option<Id> },
+    Sealed { handover: Id },
+    Replica,
+    Voided { handover: Id },
+    Fenced,
+    Released { handover: Id },
+}
+
+/// What the guest's front end does with requests.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Gate {
+    /// Local disk, tracked.
+    Serve,
+    /// No front end request is taken to the disk: held up to 20 s, then EIO. FLUSH succeeds.
+    Hold,
+    /// Attached: reads are served by the peer, writes are held and cause an Acquire.
+    Remote,
+    /// EIO for good.
+    Dead,
+}
+
+/// What must be done, in this order.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Write the record durably; nothing after this happens before it is.
+    Persist(RoleRecord),
+    Send(Message),
+    Gate(Gate),
+    /// Generations without pause, early staging between them, or back to the interval.
+    Converge(bool),
+    /// Stop admitting writes, drain, cut, send the rest and its commit list, then [`Event::RemainderSent`].
+    SealAndSend,
+    /// Admit writes again.
+    Unseal,
+    /// fdatasync every disk; nothing after this happens before it returned.
+    SyncDisks,
+    /// Commit and apply up to exactly this generation, then [`Event::Applied`].
+    ApplyUpTo(Generation),
+    /// Make the image equal to this kept generation, then [`Event::Rolled`].
+    RollTo(Generation),
+    /// Source duties begin here: fresh maps, everything equal to `base` at the peer (`None`: the peer must be compared).
+    BecomeSource { base: Option<Generation> },
+    /// Replica duties begin here: the disks hold `generation` (plus listed divergence), then [`Event::Adopted`].
+    BecomeReplica { generation: Generation },
+    /// The peer is too old or too new to talk to; say so and close.
+    Refuse(&'static str),
+    /// A condition for people.
+    Report(Condition),
+}
+
+/// What a person should know (I9).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Condition {
+    /// Two sides raised the same counter apart from each other.
+    Diverged,
+    /// This side was replaced by a promotion it did not see.
+    Fenced,
+    /// Promoted without the former source's consent.
+    Unfenced,
+    /// This side asked for the right to write and has no answer.
+    WaitingForGrant,
+}
+
+/// One side: its durable record and what it knows until the next restart.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Site {
+    record: RoleRecord,
+    linked: bool,
+    /// Target: the handover the source has open.
+    offered: Option<(Id, Epoch)>,
+    attached: bool,
+    /// Target: the nonce of our Acquire.
+    asked: Option<Id>,
+    /// Target: a grant that matches `asked`, waiting for its generation to be applied.
+    granted: Option<(Epoch, Generation)>,
+    /// Source: the grant to repeat.
+    remainder: Option<Generation>,
+    session: u64,
+}
+
+impl Site {
+    /// `session` names this life of the worker.
+    pub fn new(record: RoleRecord, session: u64) -> Self {
+        Site {
+            record,
+            linked: false,
+            offered: None,
+            attached: false,
+            asked: None,
+            granted: None,
+            remainder: None,
+            session,
+        }
+    }
+
+    pub fn record(&self) -> &RoleRecord {
+        &self.record
+    }
+
+    /// For bookkeeping that is not a question of rights (start counter, base, reserved numbers).
+    pub fn amend(&mut self, change: impl FnOnce(&mut RoleRecord)) -> Action {
+        let (role, epoch, floor) = (self.record.role.clone(), self.record.epoch, self.record.floor);
+        change(&mut self.record);
+        assert!(
+            role == self.record.role && epoch == self.record.epoch && floor == self.record.floor,
+            "rights change only by events"
+        );
+        Action::Persist(self.record.clone())
+    }
+
+    pub fn waiting_for_grant(&self) -> bool {
+        self.asked.is_some()
+    }
+
+    /// The handover a QEMU may attach for, here and now (target side).
+    pub fn attachable(&self) -> bool {
+        matches!(self.record.role, Role::Replica) && self.offered.is_some()
+    }
+
+    /// The gate that belongs to the state right after a start.
+    pub fn gate(&self) -> Gate {
+        match &self.record.role {
+            Role::Serving | Role::HandoverOpen { .. } => Gate::Serve,
+            Role::Sealed { .. } | Role::Promoting { .. } => Gate::Hold,
+            Role::Replica => Gate::Remote,
+            Role::Released { .. } | Role::Voided { .. } | Role::Fenced { .. } => Gate::Dead,
+        }
+    }
+
+    /// What must be taken up again after a restart in this state, before any event.
+    pub fn resume(&mut self) -> Vec<Action> {
+        match self.record.role.clone() {
+            Role::Sealed { .. } => vec![Action::Gate(Gate::Hold), Action::SealAndSend],
+            Role::HandoverOpen { .. } => vec![Action::Gate(Gate::Serve), Action::Converge(true)],
+            Role::Released { generation, .. } => {
+                vec![Action::Gate(Gate::Dead), Action::BecomeReplica { generation }]
+            }
+            Role::Promoting { generation } => vec![Action::Gate(Gate::Hold), Action::RollTo(generation)],
+            Role::Fenced { .. } => vec![Action::Gate(Gate::Dead), Action::Report(Condition::Fenced)],
+            Role::Serving | Role::Replica | Role::Voided { .. } => vec![Action::Gate(self.gate())],
+        }
+    }
+
+    fn become_role(&mut self, role: Role, epoch: Epoch) -> Action {
+        self.record.floor = self.record.floor.max(epoch.counter);
+        self.record.epoch = epoch;
+        self.record.role = role;
+        Action::Persist(self.record.clone())
+    }
+
+    /// The transition table.
+    pub fn apply(&mut self, event: Event) -> Vec<Action> {
+        match event {
+            Event::OpenHandover { handover } => self.open_handover(handover),
+            Event::GuestAttached => self.guest_attached(),
+            Event::GuestLeft => self.guest_left(),
+            Event::WantWrite { nonce } => self.want_write(nonce),
+            Event::WantVoid { activation: _ } => self.want_void(),
+            Event::Promote { generation } => self.promote(generation),
+            Event::Rolled { activation } => self.rolled(activation),
+            Event::AcceptDivergence => self.accept_divergence(),
+            Event::RemainderSent { generation } => self.remainder_sent(generation),
+            Event::Applied { generation, activation } => self.applied(generation, activation),
+            Event::Adopted => self.adopted(),
+            Event::Met { peer, activation } => self.met(peer, activation),
+            Event::Parted => {
+                self.linked = false;
+                self.offered = None;
+                Vec::new()
+            }
+            Event::Received(message, activation) => self.received(message, activation),
+        }
+    }
+
+    fn open_handover(&mut self, handover: Id) -> Vec<Action> {
+        match self.record.role {
+            Role::Serving if !self.record.untracked => {
+                let epoch = self.record.epoch;
+                vec![
+                    self.become_role(Role::HandoverOpen { handover }, epoch),
+                    Action::Send(Message::Open { handover, epoch }),
+                    Action::Converge(true),
+                ]
+            }
+            Role::HandoverOpen { handover: now } if now == handover => {
+                vec![Action::Send(Message::Open { handover, epoch: self.record.epoch })]
+            }
+            Role::Serving
+            | Role::HandoverOpen { .. }
+            | Role::Sealed { .. }
+            | Role::Released { .. }
+            | Role::Replica
+            | Role::Voided { .. }
+            | Role::Promoting { .. }
+            | Role::Fenced { .. } => vec![Action::Refuse("a handover can be opened only while Serving and Tracked")],
+        }
+    }
+
+    fn guest_attached(&mut self) -> Vec<Action> {
+        if let (Role::Replica, Some((handover, _))) = (&self.record.role, self.offered) {
+            self.attached = true;
+            return vec![Action::Gate(Gate::Remote), Action::Send(Message::Attached { handover })];
+        }
+        Vec::new()
+    }
+
+    fn guest_left(&mut self) -> Vec<Action> {
+        self.attached = false;
+        match self.record.role {
+            Role::HandoverOpen { handover } | Role::Sealed { handover, .. } => {
+                vec![Action::Send(Message::QemuLeft { handover })]
+            }
+            Role::Serving
+            | Role::Released { .. }
+            | Role::Replica
+            | Role::Voided { .. }
+            | Role::Promoting { .. }
+            | Role::Fenced { .. } => Vec::new(),
+        }
+    }
+
+    fn want_write(&mut self, nonce: Id) -> Vec<Action> {
+        match (&self.record.role, self.offered) {
+            (Role::Replica, Some((handover, _))) => {
+                let nonce = *self.asked.get_or_insert(nonce);
+                let ask = Message::Acquire { handover, nonce, session: self.session };
+                vec![Action::Send(ask), Action::Report(Condition::WaitingForGrant)]
+            }
+            _ => vec![Action::Refuse("no handover is open at the source")],
+        }
+    }
+
+    fn want_void(&mut self) -> Vec<Action> {
+        let Some(handover) = self.offered.map(|(h, _)| h).or(self.voided_handover()) else {
+            return vec![Action::Refuse("no handover to void is known here")];
+        };
+        match self.record.role {
+            Role::Replica => {
+                let void = self.record.epoch.counter + 1;
+                (self.asked, self.granted, self.attached) = (None, None, false);
+                let epoch = self.record.epoch;
+                // The floor first: a late Grant or Activate at e+1 can never count again.
+                self.record.floor = self.record.floor.max(void + 1);
+                vec![
+                    self.become_role(Role::Voided { handover }, epoch),
+                    Action::Gate(Gate::Dead),
+                    Action::Send(Message::Void { handover, epoch: void }),
+                ]
+            }
+            Role::Voided { handover } => {
+                vec![Action::Send(Message::Void { handover, epoch: self.record.epoch.counter + 1 })]
+            }
+            Role::Serving
+            | Role::HandoverOpen { .. }
+            | Role::Sealed { .. }
+            | Role::Released { .. }
+            | Role::Promoting { .. }
+            | Role::Fenced { .. } => vec![Action::Refuse("only a target that is not active can void a handover")],
+        }
+    }
+
+    fn voided_handover(&self) -> Option<Id> {
+        match self.record.role {
+            Role::Voided { handover } => Some(handover),
+            _ => None,
+        }
+    }
+
+    fn promote(&mut self, generation: Generation) -> Vec<Action> {
+        match self.record.role {
+            Role::Replica | Role::Voided { .. } => {
+                (self.asked, self.granted, self.attached) = (None, None, false);
+                let epoch = self.record.epoch;
+                vec![
+                    self.become_role(Role::Promoting { generation }, epoch),
+                    // An attached QEMU's memory belongs to newer data: it is never served.
+                    Action::Gate(Gate::Dead),
+                    Action::RollTo(generation),
+                ]
+            }
+            Role::Promoting { generation } => vec![Action::RollTo(generation)],
+            Role::Serving
+            | Role::HandoverOpen { .. }
+            | Role::Sealed { .. }
+            | Role::Released { .. }
+            | Role::Fenced { .. } => vec![Action::Refuse("only a replica can be promoted")],
+        }
+    }
+
+    fn rolled(&mut self, activation: ActivationId) -> Vec<Action> {
+        let Role::Promoting { generation } = self.record.role else { return Vec::new() };
+        let counter = self.record.floor.max(self.record.epoch.counter) + 1;
+        self.record.base = generation;
+        self.record.unfenced = true;
+        vec![
+            self.become_role(Role::Serving, Epoch { counter, activation }),
+            Action::BecomeSource { base: Some(generation) },
+            Action::Gate(Gate::Serve),
+            Action::Report(Condition::Unfenced),
+        ]
+    }
+
+    fn accept_divergence(&mut self) -> Vec<Action> {
+        let Role::Fenced { by } = self.record.role else {
+            return vec![Action::Refuse("this side is not Fenced: there is nothing to accept")];
+        };
+        let generation = self.record.base;
+        vec![
+            self.become_role(Role::Released { handover: [0; 16], generation }, by),
+            Action::BecomeReplica { generation },
+        ]
+    }
+
+    fn remainder_sent(&mut self, generation: Generation) -> Vec<Action> {
+        let Role::Sealed { handover, nonce, session } = self.record.role else { return Vec::new() };
+        self.remainder = Some(generation);
+        vec![Action::Send(Message::Grant { handover, nonce, session, epoch: self.record.epoch, generation })]
+    }
+
+    fn applied(&mut self, generation: Generation, activation: ActivationId) -> Vec<Action> {
+        let (Role::Replica, Some((epoch, granted)), Some((handover, _))) =
+            (&self.record.role, self.granted, self.offered)
+        else {
+            return Vec::new();
+        };
+        if generation != granted || epoch != self.record.epoch || epoch.counter + 1 < self.record.floor {
+            return Vec::new();
+        }
+        let epoch = Epoch { counter: epoch.counter + 1, activation };
+        (self.asked, self.granted, self.offered) = (None, None, None);
+        self.record.base = generation;
+        vec![
+            self.become_role(Role::Serving, epoch),
+            Action::BecomeSource { base: Some(generation) },
+            Action::Gate(Gate::Serve),
+            Action::Send(Message::Activated { handover, epoch, generation }),
+        ]
+    }
+
+    fn adopted(&mut self) -> Vec<Action> {
+        let Role::Released { handover, generation } = self.record.role else { return Vec::new() };
+        let epoch = self.record.epoch;
+        self.record.base = generation;
+        (self.remainder, self.attached) = (None, false);
+        vec![
+            self.become_role(Role::Replica, epoch),
+            Action::Gate(Gate::Remote),
+            Action::Send(Message::Released { handover }),
+        ]
+    }
+
+    /// First contact of a connection: who is what.
+    fn met(&mut self, peer: Peer, activation: ActivationId) -> Vec<Action> {
+        self.linked = true;
+        let (mine, theirs) = (self.record.epoch, peer.epoch);
+        match self.record.role.clone() {
+            Role::HandoverOpen { handover } => match peer.role {
+                PeerRole::Voided { handover: h } if h == handover => self.voided_by(h, peer.floor, activation),
+                _ if theirs.counter > mine.counter || peer.floor > mine.counter + 1 => self.fenced_by(theirs, peer.floor),
+                _ if theirs.counter == mine.counter && theirs.activation != mine.activation => diverged(),
+                _ => vec![Action::Send(Message::Open { handover, epoch: mine })],
+            },
+            Role::Sealed { handover, nonce, session } => match peer.role {
+                PeerRole::Voided { handover: h } if h == handover => self.voided_by(h, peer.floor, activation),
+                // It activated on our grant and the word of it was lost.
+                PeerRole::Active { .. } if theirs.counter == mine.counter + 1 && self.remainder_is(peer.generation) => {
+                    self.activated_by(handover, theirs, peer.generation)
+                }
+                _ if theirs.counter > mine.counter => self.fenced_by(theirs, peer.floor),
+                _ => {
+                    let mut actions = vec![Action::Send(Message::Open { handover, epoch: mine })];
+                    if let Some(generation) = self.remainder {
+                        let epoch = mine;
+                        actions.push(Action::Send(Message::Grant { handover, nonce, session, epoch, generation }));
+                    }
+                    actions
+                }
+            },
+            Role::Serving => {
+                if theirs.counter > mine.counter || peer.floor > mine.counter + 1 && !voided(&peer) {
+                    return self.fenced_by(theirs, peer.floor);
+                }
+                if theirs.counter == mine.counter && theirs.activation != mine.activation {
+                    return diverged();
+                }
+                // It voided a handover that we had already left: it needs to hear where we are.
+                match peer.role {
+                    PeerRole::Voided { handover } => self.voided_by(handover, peer.floor, activation),
+                    PeerRole::Sealed { handover } | PeerRole::Active { handover: Some(handover) } => {
+                        let generation = self.record.base;
+                        vec![Action::Send(Message::Activated { handover, epoch: mine, generation })]
+                    }
+                    PeerRole::Active { handover: None }
+                    | PeerRole::Replica
+                    | PeerRole::Fenced
+                    | PeerRole::Released { .. } => Vec::new(),
+                }
+            }
+            Role::Replica | Role::Voided { .. } => {
+                if theirs.counter == mine.counter && mine.counter > 0 && theirs.activation != mine.activation {
+                    return diverged();
+                }
+                let active = matches!(peer.role, PeerRole::Active { .. } | PeerRole::Sealed { .. });
+                let mut actions = Vec::new();
+                if active && theirs.counter > mine.counter && theirs.counter >= self.record.floor {
+                    // An epoch above ours was raised properly (it passed our floor): our Void was heard, or we were away.
+                    actions.push(self.become_role(Role::Replica, theirs));
+                    actions.push(Action::Gate(Gate::Remote));
+                } else if let Role::Voided { handover } = self.record.role {
+                    actions.push(Action::Send(Message::Void { handover, epoch: mine.counter + 1 }));
+                }
+                actions
+            }
+            Role::Promoting { .. } | Role::Released { .. } | Role::Fenced { .. } => Vec::new(),
+        }
+    }
+
+    fn remainder_is(&self, generation: Generation) -> bool {
+        // After a restart we no longer know what we granted; the durable seal and the epoch (ours + 1) prove it enough:
+        // nobody else can raise our epoch by exactly one while we are sealed, except a promotion, which is `unfenced`
+        // and then begins from a generation that is not newer than our base.
+        self.remainder.is_none_or(|r| r == generation)
+    }
+
+    fn received(&mut self, message: Message, activation: ActivationId) -> Vec<Action> {
+        match message {
+            Message::Open { handover, epoch } => {
+                if epoch != self.record.epoch || !matches!(self.record.role, Role::Replica) {
+                    return Vec::new();
+                }
+                self.offered = Some((handover, epoch));
+                let mut actions = Vec::new();
+                if self.attached {
+                    actions.push(Action::Send(Message::Attached { handover }));
+                }
+                if let Some(nonce) = self.asked {
+                    actions.push(Action::Send(Message::Acquire { handover, nonce, session: self.session }));
+                }
+                actions
+            }
+            Message::Attached { .. } | Message::QemuLeft { .. } | Message::Released { .. } => Vec::new(),
+            Message::Acquire { handover, nonce, session } => self.acquire(handover, nonce, session),
+            Message::Grant { handover, nonce, session, epoch, generation } => {
+                let mine = self.offered == Some((handover, epoch)) && self.asked == Some(nonce) && session == self.session;
+                if !mine || !matches!(self.record.role, Role::Replica) || epoch != self.record.epoch {
+                    return Vec::new();
+                }
+                self.granted = Some((epoch, generation));
+                vec![Action::ApplyUpTo(generation)]
+            }
+            Message::Activated { handover, epoch, generation } => self.activated_by(handover, epoch, generation),
+            Message::Void { handover, epoch } => self.voided_by(handover, epoch + 1, activation),
+            Message::Voided { handover, epoch } => match self.record.role {
+                Role::Voided { handover: h } if h == handover && epoch.counter >= self.record.floor => {
+                    vec![self.become_role(Role::Replica, epoch), Action::Gate(Gate::Remote)]
+                }
+                _ => Vec::new(),
+            },
+        }
+    }
+
+    fn acquire(&mut self, handover: Id, nonce: Id, session: u64) -> Vec<Action> {
+        match self.record.role {
+            Role::HandoverOpen { handover: h } if h == handover && !self.record.untracked => {
+                let epoch = self.record.epoch;
+                vec![
+                    self.become_role(Role::Sealed { handover, nonce, session }, epoch),
+                    Action::Gate(Gate::Hold),
+                    Action::SealAndSend,
+                ]
+            }
+            Role::Sealed { handover: h, nonce: n, session: s } if h == handover => {
+                let mut actions = Vec::new();
+                let epoch = self.record.epoch;
+                if (n, s) != (nonce, session) {
+                    // The target restarted before it activated; only its newest Acquire can be granted.
+                    actions.push(self.become_role(Role::Sealed { handover, nonce, session }, epoch));
+                }
+                if let Some(generation) = self.remainder {
+                    actions.push(Action::Send(Message::Grant { handover, nonce, session, epoch, generation }));
+                }
+                actions
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn activated_by(&mut self, handover: Id, epoch: Epoch, generation: Generation) -> Vec<Action> {
+        match self.record.role {
+            Role::Sealed { handover: h, .. } if h == handover && epoch.counter == self.record.epoch.counter + 1 => {
+                self.record.base = generation;
+                vec![
+                    // Released promises that the replica-to-be holds everything: the disks first.
+                    Action::SyncDisks,
+                    self.become_role(Role::Released { handover, generation }, epoch),
+                    Action::Gate(Gate::Dead),
+                    Action::Send(Message::Released { handover }),
+                    Action::BecomeReplica { generation },
+                ]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The target voided `handover`; its floor is `floor` (= our epoch + 2, or what it was when it first voided).
+    fn voided_by(&mut self, handover: Id, floor: u64, activation: ActivationId) -> Vec<Action> {
+        match self.record.role {
+            Role::HandoverOpen { handover: h } | Role::Sealed { handover: h, .. } if h == handover => {
+                self.remainder = None;
+                let epoch = Epoch { counter: floor.max(self.record.epoch.counter + 2), activation };
+                vec![
+                    self.become_role(Role::Serving, epoch),
+                    Action::Converge(false),
+                    Action::Unseal,
+                    Action::Gate(Gate::Serve),
+                    Action::Send(Message::Voided { handover, epoch }),
+                ]
+            }
+            Role::Serving if self.record.epoch.counter >= floor => {
+                vec![Action::Send(Message::Voided { handover, epoch: self.record.epoch })]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn fenced_by(&mut self, theirs: Epoch, floor: u64) -> Vec<Action> {
+        let by = Epoch { counter: theirs.counter.max(floor), activation: theirs.activation };
+        let epoch = self.record.epoch;
+        vec![
+            self.become_role(Role::Fenced { by }, epoch),
+            Action::Gate(Gate::Dead),
+            Action::SyncDisks,
+            Action::Report(Condition::Fenced),
+        ]
+    }
+}
+
+fn voided(peer: &Peer) -> bool {
+    matches!(peer.role, PeerRole::Voided { .. })
+}
+
+fn diverged() -> Vec<Action> {
+    vec![Action::Report(Condition::Diverged), Action::Refuse("two sides raised the same epoch apart from each other")]
+}
+
+#[cfg(test)]
+#[path = "handover_tests.rs"]
+mod tests;
