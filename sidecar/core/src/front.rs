@@ -95,4 +95,9 @@ pub trait GuestDisk: Send + Sync {
     fn submit(&self, request: Request);
     /// Allocation of `[offset, offset + length)`, at least one run; may stop early. A blocking local lookup.
     fn allocation(&self, offset: u64, length: u64) -> Result<Vec<Allocation>, Errno>;
+    /// Whether [`Op::WriteZeroes`] is known to be faster than writing (NBD's FAST_ZERO asks). `false` when in doubt.
+    fn zeroes_are_fast(&self, no_hole: bool) -> bool {
+        let _ = no_hole;
+        false
+    }
 }
