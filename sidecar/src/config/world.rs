@@ -1,0 +1,117 @@
+//! Looks at the paths that a configuration names, before anything is started. Opens nothing for writing and makes
+//! nothing: a refusal here has touched no file.
+
+use std::{fs, io, os::unix::fs::FileTypeExt, path::Path};
+
+use super::{Config, ConfigError, Disk, Refusal, units};
+
+/// As which side a sidecar is about to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Its disks must exist: they are the VM's.
+    Primary,
+    /// Its disks may still have to be made.
+    Replica,
+}
+
+/// Refuses what cannot work; see the module.
+pub fn check(config: &Config, start: Start) -> Result<(), ConfigError> {
+    let mut refusals = Vec::new();
+    let mut refuse = |field: &str, found: String, expected: &str, remedy: &str| {
+        refusals.push(Refusal {
+            place: config.file.display().to_string(),
+            field: field.to_owned(),
+            found,
+            expected: expected.to_owned(),
+            remedy: remedy.to_owned(),
+        });
+    };
+    for (field, path) in
+        [("tls.ca", &config.tls.ca), ("tls.certificate", &config.tls.certificate), ("tls.key", &config.tls.key)]
+    {
+        if let Err(error) = fs::File::open(path) {
+            let found = describe(path, &error);
+            refuse(field, found, "a readable PEM file", "make it with `watari-sidecar pki`, or mount the Secret");
+        }
+    }
+    if let Some(found) = not_a_folder(&config.folder) {
+        refuse("folder", found, "a folder", "create it on storage that survives the node (not a tmpfs)");
+    }
+    for (index, disk) in config.disks.iter().enumerate() {
+        match look_at(disk, start) {
+            Ok(()) => {}
+            Err((key, found, expected, remedy)) => refuse(&format!("disk[{index}].{key}"), found, expected, remedy),
+        }
+    }
+    if refusals.is_empty() { Ok(()) } else { Err(ConfigError::Refused(refusals)) }
+}
+
+type Objection = (&'static str, String, &'static str, &'static str);
+
+fn look_at(disk: &Disk, start: Start) -> Result<(), Objection> {
+    let metadata = match fs::metadata(&disk.path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && start == Start::Replica => {
+            let parent = disk.path.parent().unwrap_or(Path::new("/"));
+            return match not_a_folder(parent) {
+                None => Ok(()),
+                Some(found) => {
+                    Err(("path", found, "an existing folder for the image", "create it, or correct the path"))
+                }
+            };
+        }
+        Err(error) => {
+            let found = describe(&disk.path, &error);
+            return Err(("path", found, "the VM's raw image file or block device", "correct the path"));
+        }
+    };
+    if !metadata.is_file() && !metadata.file_type().is_block_device() {
+        let found = format!("{}: neither a file nor a block device", disk.path.display());
+        return Err(("path", found, "a raw image file or a block device", "correct the path"));
+    }
+    if start == Start::Primary
+        && let Some(recorded) = disk.size_bytes
+    {
+        let found = size_of(disk).map_err(|error| {
+            ("path", describe(&disk.path, &error), "a disk whose size can be read", "check its permissions")
+        })?;
+        if found < recorded {
+            let found = format!(
+                "{}, larger than the {} of {}",
+                units::show_size(recorded),
+                units::show_size(found),
+                disk.path.display()
+            );
+            return Err((
+                "size",
+                found,
+                "at most the size of the disk",
+                "restore the disk that was recorded, or correct `size`",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes. A block device reports its size at its end, not in its metadata.
+fn size_of(disk: &Disk) -> io::Result<u64> {
+    use std::io::{Seek, SeekFrom};
+    fs::File::open(&disk.path)?.seek(SeekFrom::End(0))
+}
+
+fn not_a_folder(path: &Path) -> Option<String> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => None,
+        Ok(_) => Some(format!("{}: not a folder", path.display())),
+        Err(error) => Some(describe(path, &error)),
+    }
+}
+
+fn describe(path: &Path, error: &io::Error) -> String {
+    let what = match error.kind() {
+        io::ErrorKind::NotFound => "does not exist".to_owned(),
+        io::ErrorKind::PermissionDenied => "may not be read".to_owned(),
+        _ => error.to_string(),
+    };
+    format!("{}: {what}", path.display())
+}
