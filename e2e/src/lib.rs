@@ -1,1 +1,12 @@
+//! Whole-system tests (header to be completed with the API sketch).
 
+pub mod build;
+pub mod cpio;
+pub mod guest;
+pub mod image;
+pub mod netns;
+pub mod process;
+pub mod qemu;
+pub mod reaper;
+pub mod site;
+pub mod wan;

@@ -1,0 +1,77 @@
+//! Where the workspace's binaries are; built with cargo when they are missing or old.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, OnceLock};
+
+/// Why a binary is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot run cargo: {0}")]
+    NoCargo(std::io::Error),
+    #[error("cargo build -p {package} failed:\n{output}")]
+    Failed { package: String, output: String },
+    #[error("cargo built {package}, but {path} is not there")]
+    Missing { package: String, path: PathBuf },
+}
+
+/// The target triple of the guest's program: gnu with a static C library, which every Rust tool chain has.
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The workspace's root folder.
+pub fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("e2e lies in the workspace")
+}
+
+/// Cargo's target folder.
+pub fn target_folder() -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(folder) => workspace().join(folder),
+        None => workspace().join("target"),
+    }
+}
+
+/// Path of a workspace binary (e.g. `watari-sidecar`), freshly built in the profile of the running program
+/// (`WATARI_E2E_PROFILE=release` for benchmarks). Cargo is asked once per process and binary.
+pub fn binary(package: &str, name: &str) -> Result<PathBuf, Error> {
+    let profile = std::env::var("WATARI_E2E_PROFILE").unwrap_or_else(|_| "dev".into());
+    let folder = if profile == "dev" { "debug" } else { &profile };
+    let path = target_folder().join(folder).join(name);
+    build(package, &["--profile", &profile, "--bin", name], None, path)
+}
+
+/// Path of the static guest program.
+pub fn guest_binary() -> Result<PathBuf, Error> {
+    let path = target_folder().join(GUEST_TARGET).join("release").join("watari-guest");
+    // `--target` keeps these flags away from build scripts and from everybody else's artifacts.
+    build(
+        "watari-guest",
+        &["--release", "--target", GUEST_TARGET],
+        Some("-C target-feature=+crt-static -C strip=symbols"),
+        path,
+    )
+}
+
+fn build(package: &str, arguments: &[&str], rustflags: Option<&str>, path: PathBuf) -> Result<PathBuf, Error> {
+    static BUILT: OnceLock<Mutex<Vec<PathBuf>>> = OnceLock::new();
+    let mut built = BUILT.get_or_init(Mutex::default).lock().expect("a failed build returns, it does not panic");
+    if built.contains(&path) {
+        return Ok(path);
+    }
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["build", "--quiet", "-p", package]).args(arguments).current_dir(workspace());
+    if let Some(flags) = rustflags {
+        command.env("RUSTFLAGS", flags);
+    }
+    let output = command.output().map_err(Error::NoCargo)?;
+    if !output.status.success() {
+        let output = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(Error::Failed { package: package.to_owned(), output });
+    }
+    if !path.exists() {
+        return Err(Error::Missing { package: package.to_owned(), path });
+    }
+    built.push(path.clone());
+    Ok(path)
+}
