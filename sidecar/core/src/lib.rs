@@ -10,6 +10,8 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod codec;
+pub mod frame;
 pub mod front;
 pub mod geometry;
 pub mod handover;
@@ -18,5 +20,6 @@ pub mod nbd;
 pub mod record;
 pub mod replica;
 pub mod regions;
+pub mod slots;
 pub mod storage;
 pub mod tracker;

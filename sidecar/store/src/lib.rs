@@ -2,7 +2,9 @@
 //!
 //! The formats are `watari-core`'s; this crate holds the files, maps, locks and threads.
 
+pub mod folder;
 pub mod lock;
 pub mod maps;
 pub mod regions;
+pub mod replica;
 pub mod trust;

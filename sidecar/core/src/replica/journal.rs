@@ -1,0 +1,576 @@
+//! The staging journal: arriving frames, appended to segment files until a commit lists them and application retires them.
+//!
+//! A record counts only if everything before it in its segment does, so a scan stops at the first bad one. A segment is never appended
+//! to after a failed append or a restart: what lies behind its last good record can only be the beginning of one torn
+//! record, never bytes that a guest chose. Nothing is reported durable before its segment and the folder were synced.
+//! Segments go away whole, when no frame in them is needed any more; [`Journal::compact`] moves stragglers.
+//!
+//! It does not know generations; which frames are needed is said by whoever holds the lists.
+
+use crate::{
+    codec::{Put, Reader, crc32},
+    frame::{Decompress, Encoding, FRAME_HEADER_BYTES_MAX, FrameHeader, FrameKind},
+    geometry::{Sequence, Session},
+    replica::{ReplicaError, read_exact},
+    storage::{Storage, StorageError},
+};
+use alloc::{
+    collections::{BTreeMap, BTreeSet},
+    format,
+    string::String,
+    sync::Arc,
+    vec,
+    vec::Vec,
+};
+
+const SEGMENT_MAGIC: [u8; 8] = *b"WATJOURN";
+const SEGMENT_VERSION: u16 = 1;
+/// Bytes of a segment's header.
+pub const SEGMENT_HEADER_BYTES: u64 = 64;
+/// Bytes of a record's header, before the frame's own header.
+pub const RECORD_HEADER_BYTES: usize = 48;
+const RECORD_MAGIC: u32 = u32::from_le_bytes(*b"WREC");
+
+/// Identifies a frame within a folder.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct FrameKey {
+    pub session: Session,
+    pub sequence: Sequence,
+}
+
+/// A frame as it lies in the journal.
+#[derive(Debug)]
+pub struct StoredFrame {
+    pub header: FrameHeader,
+    /// The content went straight into the image; the record has no payload.
+    pub in_image: bool,
+    /// For a `Same` frame: number of the newest committed generation it was checked against.
+    pub base: u64,
+    segment: u64,
+    /// Offset of the payload in its segment.
+    payload_at: u64,
+    /// Bytes of the whole record.
+    record_bytes: u64,
+}
+
+impl StoredFrame {
+    pub fn key(&self) -> FrameKey {
+        FrameKey { session: self.header.session, sequence: self.header.sequence }
+    }
+    /// Segment file that holds it.
+    pub fn segment_name(&self) -> String {
+        segment_name(self.segment)
+    }
+    /// Read the payload, check its CRC and decode it. Journaled data frames only.
+    pub fn content<M: Storage>(&self, meta: &M, decompress: &dyn Decompress) -> Result<Vec<u8>, ReplicaError> {
+        assert!(!self.in_image && self.header.kind == FrameKind::Data, "only journaled data has content here");
+        let name = self.segment_name();
+        let mut payload = vec![0; self.header.payload_bytes as usize];
+        read_exact(meta, &name, self.payload_at, &mut payload)?;
+        self.header.check_crc(&payload).map_err(|error| ReplicaError::corrupt(&name, &format!("{error}")))?;
+        if self.header.encoding == Encoding::Raw {
+            return Ok(payload);
+        }
+        let mut content = Vec::new();
+        let good = decompress.decompress(&payload, self.header.content_bytes as usize, &mut content);
+        if !good || content.len() as u64 != self.header.content_bytes {
+            return Err(ReplicaError::corrupt(&name, "a payload that does not decode"));
+        }
+        Ok(content)
+    }
+}
+
+impl StoredFrame {
+    /// Read part of a raw payload, unchecked: the record's CRC was checked when it arrived or was loaded.
+    pub fn read_raw<M: Storage>(&self, meta: &M, offset: u64, part: &mut [u8]) -> Result<(), ReplicaError> {
+        read_exact(meta, &self.segment_name(), self.payload_at + offset, part)
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Segment {
+    /// Where the next record would go.
+    end: u64,
+    /// Frames in it that are still needed, and their bytes.
+    live: u64,
+    live_bytes: u64,
+}
+
+/// Bounds of a journal.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct JournalLimits {
+    /// A segment is closed when it holds this many bytes.
+    pub segment_bytes_max: u64,
+    /// All segments together, in bytes.
+    pub journal_bytes_max: u64,
+}
+
+/// The journal: its segments and the frames in them.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    identity: [u8; 16],
+    limits: JournalLimits,
+    segments: BTreeMap<u64, Segment>,
+    /// The segment that takes appends.
+    open: Option<u64>,
+    next_segment: u64,
+    next_record: u64,
+    /// Staged: not in any commit.
+    frames: BTreeMap<FrameKey, Arc<StoredFrame>>,
+    /// Listed by a committed generation that is not applied.
+    committed: BTreeMap<FrameKey, Arc<StoredFrame>>,
+    /// Appended since the last sync.
+    unsynced: Vec<FrameKey>,
+    dirty: BTreeSet<u64>,
+    folder_dirty: bool,
+}
+
+/// File name of a segment.
+pub fn segment_name(segment: u64) -> String {
+    format!("journal-{segment:016x}")
+}
+
+fn parse_segment_name(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("journal-")?;
+    if digits.len() != 16 {
+        return None;
+    }
+    u64::from_str_radix(digits, 16).ok()
+}
+
+/// A segment file that holds nothing that counts: its creation was interrupted.
+pub(crate) struct Unfinished(pub String);
+
+impl Journal {
+    pub fn new(identity: [u8; 16], limits: JournalLimits) -> Self {
+        Journal {
+            identity,
+            limits,
+            segments: BTreeMap::new(),
+            open: None,
+            next_segment: 1,
+            next_record: 1,
+            frames: BTreeMap::new(),
+            committed: BTreeMap::new(),
+            unsynced: Vec::new(),
+            dirty: BTreeSet::new(),
+            folder_dirty: false,
+        }
+    }
+
+    /// Read all segments, checking every record. Writes nothing. All frames found count as needed until told otherwise.
+    pub fn load<M: Storage>(
+        meta: &M,
+        names: &[String],
+        identity: [u8; 16],
+        limits: JournalLimits,
+    ) -> Result<(Journal, Vec<Unfinished>), ReplicaError> {
+        let mut journal = Journal::new(identity, limits);
+        let mut unfinished = Vec::new();
+        let mut found: Vec<(u64, &String)> =
+            names.iter().filter_map(|name| Some((parse_segment_name(name)?, name))).collect();
+        found.sort_unstable();
+        for (segment, name) in found {
+            journal.next_segment = journal.next_segment.max(segment + 1);
+            if !journal.load_segment(meta, segment, name)? {
+                unfinished.push(Unfinished(name.clone()));
+            }
+        }
+        Ok((journal, unfinished))
+    }
+
+    /// `false` if the segment has no valid header.
+    fn load_segment<M: Storage>(&mut self, meta: &M, segment: u64, name: &str) -> Result<bool, ReplicaError> {
+        let length = meta.len(name)?;
+        let mut header = [0; SEGMENT_HEADER_BYTES as usize];
+        if length < SEGMENT_HEADER_BYTES {
+            return Ok(false);
+        }
+        read_exact(meta, name, 0, &mut header)?;
+        match decode_segment_header(&header) {
+            None => return Ok(false),
+            Some((version, ..)) if version > SEGMENT_VERSION => {
+                return Err(ReplicaError::newer(name, version, SEGMENT_VERSION));
+            }
+            Some((_, found, _)) if found != segment => return Err(ReplicaError::corrupt(name, "segment number")),
+            Some((_, _, identity)) if identity != self.identity => {
+                return Err(ReplicaError::corrupt(name, "it belongs to another folder"));
+            }
+            Some(_) => {}
+        }
+        self.segments.insert(segment, Segment { end: SEGMENT_HEADER_BYTES, ..Segment::default() });
+        let mut at = SEGMENT_HEADER_BYTES;
+        let mut last = 0;
+        while let Some((number, frame)) = read_record(meta, name, segment, at, length)? {
+            if number <= last {
+                break;
+            }
+            last = number;
+            at += frame.record_bytes;
+            self.next_record = self.next_record.max(number + 1);
+            self.insert(frame);
+            self.segments.entry(segment).or_default().end = at;
+        }
+        Ok(true)
+    }
+
+    /// Put a frame into the index; a second copy of a frame (compaction was interrupted) replaces the first.
+    fn insert(&mut self, frame: StoredFrame) {
+        let key = frame.key();
+        let segment = self.segments.entry(frame.segment).or_default();
+        segment.live += 1;
+        segment.live_bytes += frame.record_bytes;
+        if let Some(old) = self.frames.insert(key, Arc::new(frame)) {
+            self.unaccount(&old);
+        }
+    }
+
+    fn unaccount(&mut self, frame: &StoredFrame) {
+        if let Some(segment) = self.segments.get_mut(&frame.segment) {
+            segment.live -= 1;
+            segment.live_bytes -= frame.record_bytes;
+        }
+    }
+
+    /// A staged frame.
+    pub fn get(&self, key: FrameKey) -> Option<&Arc<StoredFrame>> {
+        self.frames.get(&key)
+    }
+    /// A frame that a committed generation holds.
+    pub fn get_committed(&self, key: FrameKey) -> Option<&Arc<StoredFrame>> {
+        self.committed.get(&key)
+    }
+    /// Staged frames by session and sequence.
+    pub fn staged(&self) -> impl Iterator<Item = &Arc<StoredFrame>> {
+        self.frames.values()
+    }
+    /// A commit holds this staged frame from now on.
+    pub fn hold(&mut self, key: FrameKey) {
+        if let Some(frame) = self.frames.remove(&key) {
+            self.committed.insert(key, frame);
+        }
+    }
+    /// No append goes to a segment that was written before this.
+    pub fn close_segment(&mut self) {
+        self.open = None;
+    }
+    /// Bytes that this frame's record takes.
+    pub fn record_bytes(header: &FrameHeader) -> u64 {
+        (RECORD_HEADER_BYTES + FRAME_HEADER_BYTES_MAX) as u64 + u64::from(header.payload_bytes)
+    }
+    /// Bytes of all segments.
+    pub fn bytes(&self) -> u64 {
+        self.segments.values().map(|segment| segment.end).sum()
+    }
+    /// Bytes of the records that are still needed.
+    pub fn live_bytes(&self) -> u64 {
+        self.segments.values().map(|segment| segment.live_bytes).sum()
+    }
+    pub fn limits(&self) -> JournalLimits {
+        self.limits
+    }
+
+    /// Append a frame; the payload is empty when the content is in the image. Not durable until [`Journal::sync`]. The
+    /// caller has checked the journal's limit.
+    pub fn append<M: Storage>(
+        &mut self,
+        meta: &mut M,
+        header: &FrameHeader,
+        payload: &[u8],
+        in_image: bool,
+        base: u64,
+    ) -> Result<(), ReplicaError> {
+        self.append_record(meta, header, payload, in_image, base)?;
+        self.unsynced.push(FrameKey { session: header.session, sequence: header.sequence });
+        Ok(())
+    }
+
+    fn append_record<M: Storage>(
+        &mut self,
+        meta: &mut M,
+        header: &FrameHeader,
+        payload: &[u8],
+        in_image: bool,
+        base: u64,
+    ) -> Result<(), ReplicaError> {
+        let segment = self.writable_segment(meta)?;
+        let at = self.segments.get(&segment).expect("writable_segment inserts it").end;
+        let bytes = encode_record(segment, self.next_record, header, payload, in_image, base);
+        let written = meta.write(&segment_name(segment), at, &bytes);
+        self.dirty.insert(segment);
+        if let Err(error) = written {
+            // Whatever was written of it stays behind the last good record, so nothing may follow in this segment.
+            self.open = None;
+            return Err(error.into());
+        }
+        self.next_record += 1;
+        let record_bytes = bytes.len() as u64;
+        self.segments.entry(segment).or_default().end = at + record_bytes;
+        let payload_at = at + record_bytes - payload.len() as u64;
+        self.insert(StoredFrame { header: header.clone(), in_image, base, segment, payload_at, record_bytes });
+        Ok(())
+    }
+
+    /// The open segment, or a fresh one.
+    fn writable_segment<M: Storage>(&mut self, meta: &mut M) -> Result<u64, ReplicaError> {
+        if let Some(open) = self.open {
+            let end = self.segments.get(&open).map_or(u64::MAX, |segment| segment.end);
+            if end < self.limits.segment_bytes_max {
+                return Ok(open);
+            }
+            self.open = None;
+        }
+        let segment = self.next_segment;
+        self.next_segment += 1;
+        let name = segment_name(segment);
+        if let Err(error) = meta.write(&name, 0, &encode_segment_header(segment, self.identity)) {
+            // An empty leftover is removed at the next open if it cannot be removed now.
+            let _ = meta.remove(&name);
+            return Err(error.into());
+        }
+        self.segments.insert(segment, Segment { end: SEGMENT_HEADER_BYTES, ..Segment::default() });
+        self.dirty.insert(segment);
+        self.folder_dirty = true;
+        self.open = Some(segment);
+        Ok(segment)
+    }
+
+    /// Make every appended record durable; returns the frames that became so.
+    pub fn sync<M: Storage>(&mut self, meta: &mut M) -> Result<Vec<FrameKey>, ReplicaError> {
+        while let Some(segment) = self.dirty.first().copied() {
+            meta.sync(&segment_name(segment))?;
+            self.dirty.remove(&segment);
+        }
+        self.sync_folder(meta)?;
+        let mut durable = core::mem::take(&mut self.unsynced);
+        durable.retain(|key| self.frames.contains_key(key) || self.committed.contains_key(key));
+        Ok(durable)
+    }
+
+    fn sync_folder<M: Storage>(&mut self, meta: &mut M) -> Result<(), ReplicaError> {
+        if self.folder_dirty {
+            meta.sync_folder()?;
+            self.folder_dirty = false;
+        }
+        Ok(())
+    }
+
+    /// After a restart: what was read may still be in a page cache only, so sync it before anybody is told of it.
+    pub fn sync_all<M: Storage>(&mut self, meta: &mut M) -> Result<(), ReplicaError> {
+        self.dirty.extend(self.segments.keys());
+        self.folder_dirty = true;
+        self.sync(meta)?;
+        Ok(())
+    }
+
+    /// These frames are not needed any more. Space comes back with [`Journal::reclaim`].
+    pub fn drop_frames(&mut self, keys: impl IntoIterator<Item = FrameKey>) {
+        for key in keys {
+            if let Some(frame) = self.frames.remove(&key) {
+                self.unaccount(&frame);
+            }
+        }
+    }
+
+    /// A generation was applied or dropped: its frames are not needed any more.
+    pub fn retire(&mut self, keys: impl IntoIterator<Item = FrameKey>) {
+        for key in keys {
+            if let Some(frame) = self.committed.remove(&key) {
+                self.unaccount(&frame);
+            }
+        }
+    }
+
+    /// Remove segments in which nothing is needed. The removals are durable after the next sync.
+    pub fn reclaim<M: Storage>(&mut self, meta: &mut M) -> Result<u64, ReplicaError> {
+        let dead: Vec<u64> =
+            self.segments.iter().filter(|(_, segment)| segment.live == 0).map(|(number, _)| *number).collect();
+        let mut freed = 0;
+        for number in dead {
+            // An open segment with nothing in it yet is not worth a new file.
+            if self.open == Some(number) && self.segments[&number].end == SEGMENT_HEADER_BYTES {
+                continue;
+            }
+            match meta.remove(&segment_name(number)) {
+                Ok(()) | Err(StorageError::Missing(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+            freed += self.segments.remove(&number).map_or(0, |segment| segment.end);
+            self.dirty.remove(&number);
+            self.folder_dirty = true;
+            if self.open == Some(number) {
+                self.open = None;
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Remove what can be removed and make the removals durable.
+    pub fn reclaim_durably<M: Storage>(&mut self, meta: &mut M) -> Result<u64, ReplicaError> {
+        let freed = self.reclaim(meta)?;
+        self.sync_folder(meta)?;
+        Ok(freed)
+    }
+
+    /// Move the staged frames out of the closed segment that wastes most, if it wastes more than half, so that it can be
+    /// removed. Segments with committed frames are left alone: readers point at them, and they go soon. Returns the bytes freed.
+    pub fn compact<M: Storage>(&mut self, meta: &mut M) -> Result<u64, ReplicaError> {
+        let held: BTreeSet<u64> = self.committed.values().map(|frame| frame.segment).collect();
+        let worst = self
+            .segments
+            .iter()
+            .filter(|(number, segment)| self.open != Some(**number) && segment.live_bytes * 2 < segment.end)
+            .filter(|(number, _)| !held.contains(number))
+            .max_by_key(|(_, segment)| segment.end - segment.live_bytes)
+            .map(|(number, _)| *number);
+        let Some(worst) = worst else {
+            return Ok(0);
+        };
+        let frames: Vec<Arc<StoredFrame>> =
+            self.frames.values().filter(|frame| frame.segment == worst).cloned().collect();
+        for frame in frames {
+            let bytes = if frame.in_image { 0 } else { frame.header.payload_bytes as usize };
+            let mut payload = vec![0; bytes];
+            read_exact(meta, &segment_name(worst), frame.payload_at, &mut payload)?;
+            self.append_record(meta, &frame.header, &payload, frame.in_image, frame.base)?;
+        }
+        // The copies must be durable before the originals go.
+        let unsynced = core::mem::take(&mut self.unsynced);
+        let synced = self.sync(meta);
+        self.unsynced = unsynced;
+        synced?;
+        self.reclaim_durably(meta)
+    }
+}
+
+fn encode_segment_header(segment: u64, identity: [u8; 16]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(SEGMENT_HEADER_BYTES as usize);
+    bytes.put(&SEGMENT_MAGIC);
+    bytes.put_u16(SEGMENT_VERSION);
+    bytes.put_u16(0);
+    bytes.put_u32(0);
+    bytes.put_u64(segment);
+    bytes.put(&identity);
+    bytes.resize(SEGMENT_HEADER_BYTES as usize, 0);
+    let crc = crc32(&[&bytes[..12], &bytes[16..]]);
+    bytes[12..16].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+/// (version, segment, identity), or `None` if these bytes are no complete header.
+fn decode_segment_header(bytes: &[u8]) -> Option<(u16, u64, [u8; 16])> {
+    let mut reader = Reader::new(bytes);
+    let magic: [u8; 8] = reader.array().ok()?;
+    let version = reader.u16().ok()?;
+    reader.u16().ok()?;
+    let crc = reader.u32().ok()?;
+    let segment = reader.u64().ok()?;
+    let identity = reader.array().ok()?;
+    (magic == SEGMENT_MAGIC && crc == crc32(&[&bytes[..12], &bytes[16..]])).then_some((version, segment, identity))
+}
+
+fn encode_record(
+    segment: u64,
+    number: u64,
+    header: &FrameHeader,
+    payload: &[u8],
+    in_image: bool,
+    base: u64,
+) -> Vec<u8> {
+    let frame = header.encode();
+    let mut bytes = Vec::with_capacity(RECORD_HEADER_BYTES + frame.len() + payload.len());
+    bytes.put_u32(RECORD_MAGIC);
+    bytes.put_u32(0);
+    bytes.put_u64(segment);
+    bytes.put_u64(number);
+    bytes.put_u64(base);
+    bytes.put_u32(u32::from(in_image));
+    bytes.put_u32(frame.len() as u32);
+    bytes.put_u32(payload.len() as u32);
+    bytes.put_u32(0);
+    bytes.put(&frame);
+    let crc = crc32(&[&bytes[8..]]);
+    bytes[4..8].copy_from_slice(&crc.to_le_bytes());
+    bytes.put(payload);
+    bytes
+}
+
+/// A record's header, its own checksum checked. The payload is not.
+struct RecordHeader {
+    number: u64,
+    frame: FrameHeader,
+    in_image: bool,
+    base: u64,
+    /// Bytes before the payload.
+    before_payload: u64,
+}
+
+/// Decode what lies before a payload. `None`: this is no record, the segment ends here.
+fn decode_record(bytes: &[u8], segment: u64) -> Option<RecordHeader> {
+    let mut reader = Reader::new(bytes);
+    let magic = reader.u32().ok()?;
+    let crc = reader.u32().ok()?;
+    let found = reader.u64().ok()?;
+    let number = reader.u64().ok()?;
+    let base = reader.u64().ok()?;
+    let flags = reader.u32().ok()?;
+    let header_bytes = reader.u32().ok()? as usize;
+    let payload_bytes = reader.u32().ok()?;
+    reader.u32().ok()?;
+    if magic != RECORD_MAGIC || found != segment || flags > 1 {
+        return None;
+    }
+    let encoded = reader.take(header_bytes).ok()?;
+    if crc != crc32(&[bytes.get(8..reader.used())?]) {
+        return None;
+    }
+    let (frame, used) = FrameHeader::decode(encoded).ok()?;
+    let in_image = flags == 1;
+    let expected = if in_image { 0 } else { frame.payload_bytes };
+    if used != header_bytes || payload_bytes != expected {
+        return None;
+    }
+    Some(RecordHeader { number, frame, in_image, base, before_payload: (RECORD_HEADER_BYTES + header_bytes) as u64 })
+}
+
+/// Read the record at `at`, its payload's checksum included. `Ok(None)` where the good records end.
+fn read_record<M: Storage>(
+    meta: &M,
+    name: &str,
+    segment: u64,
+    at: u64,
+    length: u64,
+) -> Result<Option<(u64, StoredFrame)>, ReplicaError> {
+    let mut head = vec![0; RECORD_HEADER_BYTES + FRAME_HEADER_BYTES_MAX];
+    let read = meta.read(name, at, &mut head)?;
+    let Some(record) = decode_record(&head[..read], segment) else {
+        return Ok(None);
+    };
+    let payload_at = at + record.before_payload;
+    let payload_bytes = if record.in_image { 0 } else { record.frame.payload_bytes };
+    if payload_at + u64::from(payload_bytes) > length {
+        return Ok(None);
+    }
+    if !record.in_image {
+        let mut payload = vec![0; payload_bytes as usize];
+        read_exact(meta, name, payload_at, &mut payload)?;
+        if record.frame.check_crc(&payload).is_err() {
+            return Ok(None);
+        }
+    }
+    let frame = StoredFrame {
+        header: record.frame,
+        in_image: record.in_image,
+        base: record.base,
+        segment,
+        payload_at,
+        record_bytes: record.before_payload + u64::from(payload_bytes),
+    };
+    Ok(Some((record.number, frame)))
+}
+
+/// Feed arbitrary bytes to the decoders of this file; for property tests and fuzzing.
+pub fn fuzz_decode(bytes: &[u8]) {
+    let _ = decode_segment_header(bytes);
+    let _ = decode_record(bytes, 1);
+}

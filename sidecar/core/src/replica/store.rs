@@ -1,0 +1,555 @@
+//! The engine's state, how a folder is created and opened, and what it reports.
+//!
+//! Opening reads everything and checks it before it changes anything: a damaged or newer folder is left as it was. What
+//! interrupted work left behind (unfinished files, retired lists, orphaned undo) is removed only after that.
+
+use super::{
+    Event, Images, Mark, ReplicaError, View, ViewCache,
+    apply::Work,
+    commit::Committing,
+    delta::DeltaMap,
+    journal::{FrameKey, Journal, JournalLimits, Unfinished},
+    list::{self, ListHeader},
+    manifest::{MANIFEST_MAGIC, MANIFEST_NAME, MANIFEST_VERSION, Manifest},
+    retention::Policy,
+    staging::Unjournaled,
+    undo::{self, UndoIndex, UndoInfo},
+    view::Layer,
+};
+use crate::{
+    frame::Decompress,
+    geometry::{DiskIndex, Extent, Generation, Session, blocks_for},
+    slots::SlotFile,
+    storage::{Storage, StorageError},
+};
+use alloc::{
+    boxed::Box,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    format,
+    string::String,
+    sync::{Arc, Weak},
+    vec,
+    vec::Vec,
+};
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes read at a time when content is digested.
+const DIGEST_CHUNK_BYTES: u64 = 1 << 20;
+
+/// How an engine behaves; nothing of it is durable.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Options {
+    pub journal: JournalLimits,
+    pub policy: Policy,
+    /// Refuse every change and leave the folder untouched (`inspect`).
+    pub read_only: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            journal: JournalLimits { segment_bytes_max: 64 << 20, journal_bytes_max: 8 << 30 },
+            policy: Policy::default(),
+            read_only: false,
+        }
+    }
+}
+
+/// A committed generation that is not in the image yet.
+#[derive(Clone, Debug)]
+pub(crate) struct Pending {
+    pub mark: Mark,
+    pub delta: Arc<DeltaMap>,
+    pub list: String,
+}
+
+/// The replica engine. See the module documentation of [`crate::replica`].
+pub struct ReplicaStore<M, D> {
+    pub(crate) meta: M,
+    pub(crate) images: D,
+    pub(crate) decompress: Box<dyn Decompress + Send>,
+    pub(crate) options: Options,
+    slot: SlotFile,
+    pub(crate) manifest: Manifest,
+    pub(crate) journal: Journal,
+    pub(crate) session: Option<Session>,
+    /// Per disk: blocks whose content in the image a journal record of the current session vouches for (before the
+    /// first commit only).
+    pub(crate) claims: Vec<BTreeMap<u64, u64>>,
+    /// The image may hold data that no claim names: left by an older session, a crash or a failed write.
+    pub(crate) residue: bool,
+    /// Frames whose content is in the image but not synced there; their records are written after that sync.
+    pub(crate) unjournaled: BTreeMap<FrameKey, Unjournaled>,
+    /// Disks whose image has unsynced writes that a record vouches for.
+    pub(crate) dirty_disks: BTreeSet<u16>,
+    /// Oldest first.
+    pub(crate) pending: VecDeque<Pending>,
+    /// Undo files from the image backwards.
+    pub(crate) history: Vec<UndoInfo>,
+    pub(crate) committing: Option<Committing>,
+    pub(crate) work: Work,
+    pub(crate) pins: BTreeMap<Generation, u32>,
+    pub(crate) stamps: Arc<AtomicU64>,
+    pub(crate) events: Vec<Event>,
+    /// What the last refusal for want of room asked for.
+    pub(crate) full: Option<(String, u64)>,
+    poisoned: Option<String>,
+    undo_cache: BTreeMap<String, Weak<UndoIndex>>,
+}
+
+impl<M: Storage, D: Images> ReplicaStore<M, D> {
+    /// Make a fresh folder for disks of these sizes. `virgin`: the images were just created empty by this pair, so frames may
+    /// go straight into them until the first commit.
+    pub fn create(
+        mut meta: M,
+        images: D,
+        decompress: Box<dyn Decompress + Send>,
+        options: Options,
+        identity: [u8; 16],
+        disk_bytes: &[u64],
+        virgin: bool,
+    ) -> Result<Self, ReplicaError> {
+        let manifest = Manifest {
+            identity,
+            virgin,
+            direct_started: false,
+            floor: 0,
+            newest: None,
+            applied: None,
+            applying: None,
+            rolling_back: None,
+            shared: None,
+            disk_bytes: disk_bytes.to_vec(),
+        };
+        check_images(&images, &manifest)?;
+        if meta.list()?.iter().any(|name| is_ours(name)) {
+            return Err(ReplicaError::corrupt(MANIFEST_NAME, "the folder already holds a replica"));
+        }
+        let encoded = manifest.encode();
+        Manifest::decode(&encoded).map_err(|error| ReplicaError::corrupt(MANIFEST_NAME, &format!("{error}")))?;
+        let slot = SlotFile::create(&mut meta, MANIFEST_NAME, MANIFEST_MAGIC, MANIFEST_VERSION, &encoded)?;
+        let journal = Journal::new(identity, options.journal);
+        Ok(Self::assemble(meta, images, decompress, options, slot, manifest, journal))
+    }
+
+    /// Open a folder. `Ok(None)` if there is no replica in it (or its creation was interrupted).
+    pub fn open(
+        meta: M,
+        images: D,
+        decompress: Box<dyn Decompress + Send>,
+        options: Options,
+    ) -> Result<Option<Self>, ReplicaError> {
+        let names = meta.list()?;
+        let Some((slot, payload)) = SlotFile::open(&meta, MANIFEST_NAME, MANIFEST_MAGIC, MANIFEST_VERSION)? else {
+            // Nothing else is written before the manifest is complete.
+            if names.iter().any(|name| is_ours(name) && name != MANIFEST_NAME) {
+                return Err(ReplicaError::corrupt(MANIFEST_NAME, "it is missing although other files are there"));
+            }
+            return Ok(None);
+        };
+        let manifest = Manifest::decode(&payload.bytes)
+            .map_err(|error| ReplicaError::corrupt(MANIFEST_NAME, &format!("{error}")))?;
+        check_images(&images, &manifest)?;
+        let (journal, unfinished) = Journal::load(&meta, &names, manifest.identity, options.journal)?;
+        let mut store = Self::assemble(meta, images, decompress, options, slot, manifest, journal);
+        store.load_pending(&names)?;
+        store.load_history(&names)?;
+        if !store.manifest.virgin {
+            // Unlisted frames that went into the image were dropped by the first commit.
+            let dropped: Vec<FrameKey> =
+                store.journal.staged().filter(|frame| frame.in_image).map(|frame| frame.key()).collect();
+            store.journal.drop_frames(dropped);
+        } else {
+            store.residue = store.manifest.direct_started;
+            // A killed process leaves image writes in the page cache; they are synced before a record of them counts.
+            store.dirty_disks = (0..store.manifest.disk_bytes.len() as u16).collect();
+        }
+        if !store.options.read_only {
+            store.clean_up(&names, unfinished)?;
+        }
+        Ok(Some(store))
+    }
+
+    fn assemble(
+        meta: M,
+        images: D,
+        decompress: Box<dyn Decompress + Send>,
+        options: Options,
+        slot: SlotFile,
+        manifest: Manifest,
+        journal: Journal,
+    ) -> Self {
+        ReplicaStore {
+            meta,
+            images,
+            decompress,
+            options,
+            slot,
+            claims: vec![BTreeMap::new(); manifest.disk_bytes.len()],
+            manifest,
+            journal,
+            session: None,
+            residue: false,
+            unjournaled: BTreeMap::new(),
+            dirty_disks: BTreeSet::new(),
+            pending: VecDeque::new(),
+            history: Vec::new(),
+            committing: None,
+            work: Work::Idle,
+            pins: BTreeMap::new(),
+            stamps: Arc::new(AtomicU64::new(0)),
+            events: Vec::new(),
+            full: None,
+            poisoned: None,
+            undo_cache: BTreeMap::new(),
+        }
+    }
+
+    /// Follow the lists from the newest committed generation back to the applied one.
+    fn load_pending(&mut self, names: &[String]) -> Result<(), ReplicaError> {
+        let applied = self.manifest.applied.map(|mark| mark.generation);
+        let Some(newest) = self.manifest.newest else {
+            return Ok(());
+        };
+        if self.manifest.rolling_back.is_some() {
+            return Ok(());
+        }
+        let mut next = newest.generation;
+        while Some(next) != applied && next != Generation::default() {
+            let name = list::list_name(next);
+            if !names.contains(&name) {
+                return Err(ReplicaError::corrupt(&name, "the list of a committed generation is missing"));
+            }
+            let header = list::read_list_header(&self.meta, &name)?;
+            if header.mark.generation != next || header.parent.number >= next.number {
+                return Err(ReplicaError::corrupt(&name, "it is not the list of this generation"));
+            }
+            let delta = self.load_delta(&name, &header)?;
+            self.pending.push_front(Pending { mark: header.mark, delta: Arc::new(delta), list: name });
+            next = header.parent;
+        }
+        if self.pending.back().is_some_and(|pending| pending.mark != newest) {
+            return Err(ReplicaError::corrupt(MANIFEST_NAME, "its newest generation is not the one in the list"));
+        }
+        // A base that is not applied can only be the empty generation before the first commit.
+        if next == Generation::default() && applied.is_some() {
+            return Err(ReplicaError::corrupt(MANIFEST_NAME, "the applied generation is no ancestor of the newest"));
+        }
+        Ok(())
+    }
+
+    fn load_delta(&mut self, name: &str, header: &ListHeader) -> Result<DeltaMap, ReplicaError> {
+        let mut delta = DeltaMap::default();
+        let journal = &mut self.journal;
+        list::read_list(&self.meta, name, header, |entry| {
+            let key = FrameKey { session: entry.session, sequence: entry.sequence };
+            let frame = journal
+                .get(key)
+                .filter(|frame| frame.header.crc32 == entry.crc32 && frame.header.digest == entry.digest);
+            let Some(frame) = frame else {
+                return Err(ReplicaError::corrupt(name, &format!("committed frame {key:?} is not in the journal")));
+            };
+            delta.add(frame.clone(), entry.excluded);
+            journal.hold(key);
+            Ok(())
+        })?;
+        let rest = header.clear_rest.then(|| self.disk_blocks());
+        delta.seal(rest.as_deref()).map_err(|overlap| ReplicaError::corrupt(name, &format!("{overlap}")))
+    }
+
+    /// Follow the undo files from the image back.
+    fn load_history(&mut self, names: &[String]) -> Result<(), ReplicaError> {
+        let mut infos = Vec::new();
+        for name in names.iter().filter(|name| undo::is_undo_name(name)) {
+            infos.extend(undo::read_info(&self.meta, name)?);
+        }
+        let applied = self.manifest.applied.map(|mark| mark.generation);
+        let mut next = match self.manifest.applying {
+            Some(applying) if applying.undo => Some(applying.generation),
+            Some(_) => None,
+            None => applied,
+        };
+        while let Some(newer) = next {
+            // Where thinning was interrupted after it merged two files, the longer step is the decided one.
+            let found = infos.iter().filter(|info| info.newer == newer).min_by_key(|info| info.older.generation);
+            next = found.map(|info| info.older.generation).filter(|older| *older < newer);
+            self.history.extend(found.filter(|_| next.is_some()).cloned());
+        }
+        let needed = self.manifest.applying.is_some_and(|applying| applying.undo);
+        if needed && self.history.first().map(|info| Some(info.older.generation)) != Some(applied) {
+            return Err(ReplicaError::corrupt(MANIFEST_NAME, "the undo of the generation being applied is missing"));
+        }
+        if let Some(to) = self.manifest.rolling_back {
+            if self.history.iter().all(|info| info.older.generation != to) {
+                return Err(ReplicaError::corrupt(MANIFEST_NAME, "the undo for the roll-back is missing"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Remove what interrupted work left, and make durable what counts from now on.
+    fn clean_up(&mut self, names: &[String], unfinished: Vec<Unfinished>) -> Result<(), ReplicaError> {
+        let lists: BTreeSet<&str> = self.pending.iter().map(|pending| pending.list.as_str()).collect();
+        let undo: BTreeSet<&str> = self.history.iter().map(|info| info.name.as_str()).collect();
+        let mut orphans: Vec<String> = unfinished.into_iter().map(|Unfinished(name)| name).collect();
+        for name in names {
+            let orphan = (list::is_list_name(name) && !lists.contains(name.as_str()))
+                || (undo::is_undo_name(name) && !undo.contains(name.as_str()));
+            if orphan {
+                orphans.push(name.clone());
+            }
+        }
+        for name in &orphans {
+            remove_if_there(&mut self.meta, name)?;
+        }
+        self.journal.sync_all(&mut self.meta)?;
+        for disk in core::mem::take(&mut self.dirty_disks) {
+            self.images.sync(DiskIndex(disk))?;
+        }
+        Ok(())
+    }
+
+    /// Refuse a change to a poisoned or read-only engine.
+    pub(crate) fn guard(&self) -> Result<(), ReplicaError> {
+        if self.options.read_only {
+            return Err(ReplicaError::ReadOnly);
+        }
+        match &self.poisoned {
+            Some(reason) => Err(ReplicaError::Poisoned(reason.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Remember what an operation's outcome means for the next one: want of room is a state that passes, a failed medium is not.
+    pub(crate) fn note<T>(&mut self, outcome: Result<T, ReplicaError>) -> Result<T, ReplicaError> {
+        match outcome {
+            Ok(value) => {
+                self.full = None;
+                Ok(value)
+            }
+            Err(error) => Err(self.note_error(error)),
+        }
+    }
+
+    fn note_error(&mut self, error: ReplicaError) -> ReplicaError {
+        if let Some(place) = error.no_space() {
+            let needed = self.room_needed();
+            let full = (String::from(place), needed);
+            self.full = Some(full.clone());
+            return ReplicaError::Full { place: full.0, needed };
+        }
+        match &error {
+            ReplicaError::Storage(_) | ReplicaError::Slot(_) | ReplicaError::Corrupt { .. } => {
+                self.poisoned = Some(format!("{error}"));
+            }
+            ReplicaError::Full { place, needed } => self.full = Some((place.clone(), *needed)),
+            ReplicaError::ApplyFirst
+            | ReplicaError::JournalTooSmall { .. }
+            | ReplicaError::NewerVersion { .. }
+            | ReplicaError::Frame(_)
+            | ReplicaError::BelowFloor { .. }
+            | ReplicaError::AboveFloor { .. }
+            | ReplicaError::OtherSession { .. }
+            | ReplicaError::OutOfRange { .. }
+            | ReplicaError::NotSame(_)
+            | ReplicaError::FrameConflict(_)
+            | ReplicaError::UnknownGeneration(_)
+            | ReplicaError::NoCommit
+            | ReplicaError::BadList(_)
+            | ReplicaError::RollingBack
+            | ReplicaError::DiskSmaller { .. }
+            | ReplicaError::ReadOnly
+            | ReplicaError::Poisoned(_) => {}
+        }
+        error
+    }
+
+    /// An estimate of the room that lets work go on: what is still to be applied, at least one segment's slack.
+    fn room_needed(&self) -> u64 {
+        let pending: u64 = self
+            .pending
+            .iter()
+            .flat_map(|pending| &pending.delta.pieces)
+            .map(|piece| u64::from(piece.blocks) * crate::geometry::BLOCK_BYTES)
+            .sum();
+        pending.max(1 << 20)
+    }
+
+    /// Make a changed manifest durable; in memory it changes only then.
+    pub(crate) fn write_manifest(&mut self, change: impl FnOnce(&mut Manifest)) -> Result<(), ReplicaError> {
+        let mut next = self.manifest.clone();
+        change(&mut next);
+        if next == self.manifest {
+            return Ok(());
+        }
+        self.slot.write(&mut self.meta, &next.encode())?;
+        self.manifest = next;
+        Ok(())
+    }
+
+    /// Tell all views that they must not be trusted any more. Before an image write or a removal that they do not expect.
+    pub(crate) fn outdate_views(&self) {
+        self.stamps.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn disk_blocks(&self) -> Vec<u64> {
+        self.manifest.disk_bytes.iter().map(|bytes| blocks_for(*bytes)).collect()
+    }
+
+    pub(crate) fn undo_index(&mut self, info: &UndoInfo) -> Result<Arc<UndoIndex>, ReplicaError> {
+        if let Some(index) = self.undo_cache.get(&info.name).and_then(Weak::upgrade) {
+            return Ok(index);
+        }
+        self.undo_cache.retain(|_, index| index.strong_count() > 0);
+        let index = Arc::new(undo::read_index(&self.meta, info)?);
+        self.undo_cache.insert(info.name.clone(), Arc::downgrade(&index));
+        Ok(index)
+    }
+
+    /// All generations that can be read here, newest first.
+    pub fn kept(&self) -> Vec<Mark> {
+        let mut kept: Vec<Mark> = self.pending.iter().rev().map(|pending| pending.mark).collect();
+        if let Some(to) = self.manifest.rolling_back {
+            let older = self.history.iter().map(|info| info.older);
+            return older.skip_while(|mark| mark.generation != to).collect();
+        }
+        // Without undo the parent is gone as soon as the image may be written.
+        let overwritten = self.manifest.applying.is_some_and(|applying| !applying.undo);
+        if let Some(applied) = self.manifest.applied.filter(|_| !overwritten) {
+            kept.push(applied);
+            kept.extend(self.history.iter().map(|info| info.older).filter(|mark| *mark != applied));
+        }
+        kept
+    }
+
+    /// The content of a kept generation; `None` for the newest committed one, or for the image as it is before any commit.
+    pub fn view(&mut self, generation: Option<Generation>) -> Result<View, ReplicaError> {
+        let newest = self.manifest.newest.map(|mark| mark.generation);
+        let wanted = generation.or(newest);
+        let Some(wanted) = wanted else {
+            return Ok(View::new(None, Vec::new(), &self.manifest.disk_bytes, &self.stamps));
+        };
+        if self.kept().iter().all(|mark| mark.generation != wanted) {
+            return Err(ReplicaError::UnknownGeneration(wanted));
+        }
+        let mut layers = Vec::new();
+        if self.pending.iter().any(|pending| pending.mark.generation == wanted) {
+            let older = self.pending.iter().rev().skip_while(|pending| pending.mark.generation != wanted);
+            layers.extend(older.map(|pending| Layer::Delta(pending.delta.clone())));
+        } else {
+            let at = self.history.iter().position(|info| info.older.generation == wanted);
+            let steps: Vec<UndoInfo> = at.map(|at| self.history[..=at].to_vec()).unwrap_or_default();
+            for info in steps.iter().rev() {
+                layers.push(Layer::Undo(self.undo_index(info)?));
+            }
+        }
+        Ok(View::new(Some(wanted), layers, &self.manifest.disk_bytes, &self.stamps))
+    }
+
+    /// Read a kept generation (`None`: the newest committed content) through the engine itself.
+    pub fn read_at(
+        &mut self,
+        generation: Option<Generation>,
+        disk: DiskIndex,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<(), ReplicaError> {
+        let view = self.view(generation)?;
+        self.read_view(&view, &mut ViewCache::default(), disk, offset, buf)
+    }
+
+    /// Read a view that this engine made.
+    pub fn read_view(
+        &self,
+        view: &View,
+        cache: &mut ViewCache,
+        disk: DiskIndex,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<(), ReplicaError> {
+        view.read(&self.meta, &self.images, &*self.decompress, cache, disk, offset, buf)
+    }
+
+    /// Digest (as in a `Same` frame) of the newest committed content of these extents, or of the image before any commit.
+    pub fn blocks_digest(&mut self, disk: DiskIndex, extents: &[Extent]) -> Result<[u8; 32], ReplicaError> {
+        self.check_extents(disk, extents)?;
+        let view = self.view(None)?;
+        let size = self.manifest.disk_bytes[usize::from(disk.0)];
+        let mut hasher = crate::frame::content_hasher(disk, extents);
+        let mut cache = ViewCache::default();
+        let mut buf = Vec::new();
+        for extent in extents {
+            let mut at = extent.start.offset();
+            while at < extent.end().offset() {
+                let step = (extent.end().offset() - at).min(DIGEST_CHUNK_BYTES);
+                buf.clear();
+                buf.resize(step as usize, 0);
+                // The last block of a disk is padded with zeroes.
+                let inside = step.min(size.saturating_sub(at)) as usize;
+                self.read_view(&view, &mut cache, disk, at, &mut buf[..inside])?;
+                hasher.update(&buf);
+                at += step;
+            }
+        }
+        Ok(*hasher.finalize().as_bytes())
+    }
+
+    /// Refuse extents that are not on the disk.
+    pub(crate) fn check_extents(&self, disk: DiskIndex, extents: &[Extent]) -> Result<(), ReplicaError> {
+        let Some(bytes) = self.manifest.disk_bytes.get(usize::from(disk.0)) else {
+            return Err(ReplicaError::OutOfRange { disk: disk.0, block: 0 });
+        };
+        let blocks = blocks_for(*bytes);
+        match extents
+            .iter()
+            .find(|extent| extent.start.0.checked_add(u64::from(extent.blocks)).is_none_or(|end| end > blocks))
+        {
+            Some(extent) => Err(ReplicaError::OutOfRange { disk: disk.0, block: extent.start.0 }),
+            None => Ok(()),
+        }
+    }
+
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+    pub fn images(&self) -> &D {
+        &self.images
+    }
+    pub fn meta(&self) -> &M {
+        &self.meta
+    }
+    /// Take the seams back, for instance to open the folder again.
+    pub fn into_parts(self) -> (M, D) {
+        (self.meta, self.images)
+    }
+    /// What happened since the last call that a person or a metric should hear of.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        core::mem::take(&mut self.events)
+    }
+    /// Why every change is refused, if it is.
+    pub fn poisoned(&self) -> Option<&str> {
+        self.poisoned.as_deref()
+    }
+}
+
+/// True for names of files that this engine makes.
+pub(crate) fn is_ours(name: &str) -> bool {
+    name == MANIFEST_NAME || name.starts_with("journal-") || list::is_list_name(name) || undo::is_undo_name(name)
+}
+
+fn check_images<D: Images>(images: &D, manifest: &Manifest) -> Result<(), ReplicaError> {
+    for (disk, expected) in (0u16..).zip(&manifest.disk_bytes) {
+        let found = images.size_bytes(DiskIndex(disk))?;
+        if found < *expected {
+            return Err(ReplicaError::DiskSmaller { disk, found, expected: *expected });
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn remove_if_there<M: Storage>(meta: &mut M, name: &str) -> Result<(), ReplicaError> {
+    match meta.remove(name) {
+        Ok(()) | Err(StorageError::Missing(_)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
