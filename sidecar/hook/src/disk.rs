@@ -122,12 +122,17 @@ impl<'e> Disk<'e> {
     pub fn read(document: &Document<'_>, element: &'e Element) -> Self {
         let first = |name: &str| document.children(element, name).next();
         let value = |of: Option<&Element>, name: &str| of.and_then(|e| document.value(e, name));
+        // KubeVirt's structs write an attribute that was missing as an empty one.
+        let given = |name: &str, default: &str| match document.value(element, name) {
+            Some(value) if !value.is_empty() => value,
+            _ => default.to_owned(),
+        };
         let target = first("target");
         let alias_element = first("alias");
         Disk {
             element,
-            kind: document.value(element, "type").unwrap_or_else(|| "file".into()),
-            device: document.value(element, "device").unwrap_or_else(|| "disk".into()),
+            kind: given("type", "file"),
+            device: given("device", "disk"),
             alias: value(alias_element, "name"),
             target_dev: value(target, "dev"),
             target_bus: value(target, "bus"),

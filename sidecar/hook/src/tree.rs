@@ -308,7 +308,8 @@ impl Edits {
 
     /// The text with all edits made.
     pub fn apply(mut self, text: &str) -> Result<String, XmlError> {
-        self.0.sort_by_key(|(span, _)| span.start);
+        // An insertion at the place where a replacement begins goes before it.
+        self.0.sort_by_key(|(span, _)| (span.start, span.end));
         let growth: usize = self.0.iter().map(|(_, with)| with.len()).sum();
         let mut out = String::with_capacity(text.len() + growth);
         let mut copied = 0;
@@ -380,6 +381,10 @@ mod tests {
         edits.set_attribute(&document, &document.root, "e", "stop");
         edits.remove_attribute(&document, &document.root, "io");
         assert_eq!(edits.apply(text).expect("apart"), "<d  type='net&quot;work' e=\"stop\" />");
+        let mut touching = Edits::default();
+        touching.replace(0..1, "(");
+        touching.replace(0..0, "first ");
+        assert_eq!(touching.apply("<d/>").expect("apart"), "first (d/>");
         let mut overlapping = Edits::default();
         overlapping.replace(0..4, "x");
         overlapping.replace(3..5, "y");
