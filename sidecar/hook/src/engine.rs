@@ -33,7 +33,8 @@ pub enum Gate {
 }
 
 /// What the sidecar's engine answers to KubeVirt's hooks. All methods must be idempotent: virt-launcher repeats its calls. They
-/// are never called concurrently by one server, except for [`shutdown`](HookEngine::shutdown).
+/// are never called concurrently by one server, except for [`shutdown`](HookEngine::shutdown), and their futures may be dropped at any
+/// await when virt-launcher gives up on a call: work that must not stop half-way belongs into a task of the engine's own.
 pub trait HookEngine: Send + Sync + 'static {
     /// The volumes that are to be served by us, all of them: a define fails when one cannot be.
     fn disks(&self) -> impl Future<Output = Vec<SyncedDisk>> + Send;
