@@ -270,6 +270,14 @@ impl MapMemory {
         Ok(())
     }
 
+    /// Whether the marks of all blocks `first..=last` have memory: loads of memory only. To be asked again *inside* the
+    /// admission gate by everyone who uses [`MapMemory::release_clean_leaves`], since memory that was ensured outside may
+    /// have been released before the gate was passed.
+    #[inline]
+    pub fn is_ensured(&self, disk: DiskIndex, first: Block, last: Block) -> bool {
+        (self.leaf_of(disk, first)..=self.leaf_of(disk, last)).all(|leaf| self.is_present(leaf))
+    }
+
     #[cold]
     fn populate(&self, leaf: usize) -> Result<(), MapError> {
         let Inner { plan, mapping, path, changing } = &*self.0;
@@ -339,10 +347,10 @@ impl MapMemory {
 
     /// Give the memory of `leaves` back where they are still without a mark; returns how many were.
     ///
-    /// To be called at a cut barrier only: admission is closed, and the one task that stages and unstages is the caller.
-    /// `idle(disk, first, last)` must say that no write to these blocks is in flight (a write that preserves frozen
-    /// content still clears bits outside the gate). Then nobody stores into these words: whoever comes next asks
-    /// [`MapMemory::ensure_leaf`] first. Against that rule a store is a SIGSEGV, not a lost mark.
+    /// To be called at a cut barrier only: the admission gate is closed, and the one task that stages and unstages is the
+    /// caller. `idle(disk, first, last)` must say that no write to these blocks is in flight (a write that preserves
+    /// frozen content still clears bits outside the gate). Whoever marks must ask [`MapMemory::is_ensured`] inside the
+    /// gate. Then nobody stores into these words. Against that rule a store is a SIGSEGV, not a lost mark.
     /// Costs at most [`RELEASE_LEAVES_MAX`] times a few microseconds.
     pub fn release_clean_leaves(
         &self,
