@@ -1,5 +1,6 @@
 //! Whole-system tests (header to be completed with the API sketch).
 
+pub mod baseline;
 pub mod build;
 pub mod cpio;
 pub mod guest;

@@ -139,7 +139,23 @@ impl Migration<'_> {
 
     /// Waits until the machine runs at the target.
     pub fn finish(self) -> Result<Report, Error> {
+        self.finish_after(|_| Ok(()))
+    }
+
+    /// The same for a target that waits for `cont`: `before_resume` runs once all memory is there.
+    pub fn finish_stopped(self, before_resume: impl FnOnce(&Qemu) -> Result<(), Error>) -> Result<Report, Error> {
+        self.finish_after(|target| {
+            target
+                .qmp
+                .wait_event("MIGRATION completed", self.target_mark, self.timeout, |e| status(e) == "completed")?;
+            before_resume(target)?;
+            target.qmp.execute("cont", json!({})).map(drop)
+        })
+    }
+
+    fn finish_after(&self, resume: impl FnOnce(&Qemu) -> Result<(), Error>) -> Result<Report, Error> {
         self.wait_status(&["completed"])?;
+        resume(self.target)?;
         let resumed =
             self.target.qmp.wait_event("RESUME", self.target_mark, self.timeout, |event| event.name == "RESUME")?;
         let total_seconds = self.started.elapsed().as_secs_f64();

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-pub use migrate::{Migration, Options as MigrationOptions, migrate, prepare_target, start as start_migration};
+pub use migrate::start as start_migration;
+pub use migrate::{Migration, Options as MigrationOptions, Report as MigrationReport, migrate, prepare_target};
 pub use qmp::{Event, Qmp};
 
 use crate::guest::{self, BootFiles, Control};
@@ -86,8 +87,10 @@ pub enum Backing {
 pub enum Start {
     /// Boots at once.
     Boot,
-    /// Waits for a migration to come in.
+    /// Waits for a migration to come in, then runs.
     Incoming,
+    /// Waits for a migration to come in, then for `cont`, as libvirt has it.
+    IncomingStopped,
 }
 
 /// A running QEMU. Killed when dropped.
@@ -119,9 +122,11 @@ impl Qemu {
                 node(number)
             ));
         }
-        if start == Start::Incoming {
-            command = command.args(["-incoming", "defer"]);
-        }
+        command = match start {
+            Start::Boot => command,
+            Start::Incoming => command.args(["-incoming", "defer"]),
+            Start::IncomingStopped => command.args(["-incoming", "defer", "-S"]),
+        };
         let mut process = command.spawn()?;
         let connected = wait_until("QMP", START_TIMEOUT, || match process.check() {
             Err(error) => Some(Err(error.into())),
