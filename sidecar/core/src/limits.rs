@@ -12,3 +12,19 @@ pub const DISK_BYTES_MAX: u64 = 16 << 40;
 /// Most guest writes between admission and completion, all disks together. Above the sum of what front ends admit
 /// (QEMU: 16 per NBD connection); a writer that finds no slot spins, so this is a backstop and not a queue.
 pub const WRITES_IN_FLIGHT_MAX: usize = 512;
+/// Smallest send window in bytes: keeps a slow or unmeasured link busy.
+pub const WINDOW_BYTES_MIN: u64 = 1 << 20;
+/// Largest send window in bytes: two bandwidth-delay products of 1 Gbit/s at 250 ms; also what unacknowledged frames may
+/// cost in memory.
+pub const WINDOW_BYTES_MAX: u64 = 64 << 20;
+/// Added to the measured acknowledgement delay when the window is computed: the target syncs in groups.
+pub const ACK_SLACK_MILLIS: f64 = 100.0;
+/// Deliveries of this long ago still count for the rate, in milliseconds.
+pub const RATE_WINDOW_MILLIS: u64 = 3000;
+/// A rate needs at least this much time to mean anything, in milliseconds.
+pub const RATE_SAMPLE_MILLIS_MIN: u64 = 200;
+/// What a frame costs on the wire beside its payload, in bytes (header, protobuf, HTTP/2, TLS record).
+pub const FRAME_OVERHEAD_BYTES: u64 = 160;
+/// Longest read that one side serves for the other's attached guest, in bytes: QEMU's NBD client splits at 32 MiB, our
+/// front end at 1 MiB.
+pub const REMOTE_READ_BYTES_MAX: u64 = 4 << 20;

@@ -1,0 +1,716 @@
+//! The source's generations: what to do next, and what must not be forgotten yet (design §3.2).
+//!
+//! Invariants: **I4** a commit list is exact: each block is supplied by the newest frame that carries it, once; **I5** frozen
+//! and staged marks are dropped only after a durable commit at the target *and* an fdatasync here issued after the
+//! cut; **I8** every buffer is bounded by [`Window`] and [`Limits`], and the guest is never asked to wait.
+//!
+//! Sans-I/O: the shell calls [`Primary::poll`] and performs the [`Step`] it gets, then reports back
+//! (`frames_built`, `durable`, `committed`, …). Ordering rules that make later-frame-wins true:
+//! sequences are handed out when a read *begins*; a block is in at most one read; a cut is made only while no read is
+//! outstanding. It does not read disks, compress, or know about sockets; the tracker holds the marks.
+
+use alloc::{collections::BTreeMap, vec::Vec};
+
+use crate::{
+    frame::FrameHeader,
+    geometry::{Block, DiskIndex, Extent, Generation, GenerationNumber, Sequence, Session},
+    limits,
+    replica::list::{CommitList, Entry, exclude},
+    tracker::{Maps, Tracker},
+};
+
+/// Sequences reserved for one read: it may become a data, a zero and a same frame.
+pub const SEQUENCES_PER_READ: u64 = 3;
+
+/// What may change while running. Times in milliseconds, sizes in bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Limits {
+    /// Time between cuts.
+    pub interval_millis: u64,
+    /// Memory and spill for preserved content: a generation that would need more is given up.
+    pub preserve_bytes: u64,
+    pub paused: bool,
+}
+
+/// A frame that was sent and is not committed yet.
+#[derive(Clone, Debug)]
+struct Book {
+    disk: DiskIndex,
+    extents: Vec<Extent>,
+    crc32: u32,
+    digest: [u8; 32],
+    wire_bytes: u64,
+    durable: bool,
+}
+
+/// What the source is at.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Phase {
+    /// No generation is open.
+    Idle,
+    /// The cut is made, frames of it are read and sent.
+    Open { generation: Generation, cut: u64, cut_at_millis: u64, total_blocks: u64 },
+    /// Everything is sent; the commit list goes (or went) out.
+    Committing { generation: Generation, cut_at_millis: u64, list_sent: bool },
+    /// Durable at the target; waiting for our own fdatasync before marks are dropped.
+    Forgetting { generation: Generation, cut_at_millis: u64, syncing: bool },
+}
+
+/// What the shell shall do now.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Call [`Tracker::cut`], note the time, then [`Primary::cut_made`].
+    Cut { generation: Generation },
+    /// Read frozen extents, claim them, build frames, then [`Primary::frames_built`].
+    ReadFrozen { read: Read, cut: u64 },
+    /// Take preserved blocks out of the preserve store and build frames from them.
+    SendPreserved { read: Read },
+    /// [`Tracker::take_current`] has been called for these; read, drop what was overwritten, build frames.
+    ReadCurrent { read: Read },
+    /// This frame is not at the target although it was sent; its payload is still held by the shell: send it again.
+    Resend(Sequence),
+    /// Send this commit list.
+    Commit { list: CommitList, cut_at_millis: u64 },
+    /// fdatasync all disks, then [`Primary::forget`].
+    SyncDisks,
+    /// Nothing to do before this time (or before an event).
+    Wait { until_millis: u64 },
+}
+
+/// One read on its way.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Read {
+    pub disk: DiskIndex,
+    pub extents: Vec<Extent>,
+    /// The first of [`SEQUENCES_PER_READ`] sequences.
+    pub sequence: Sequence,
+}
+
+/// Flow control: how many bytes may be sent and not yet durable. Two bandwidth-delay products as measured, so that a
+/// cut link costs little to send again (F8) and a long fat one is filled (F7).
+#[derive(Clone, Debug)]
+pub struct Window {
+    rate_bytes_per_second: f64,
+    ack_delay_millis: f64,
+    marks: Vec<(u64, u64)>,
+    delivered: u64,
+}
+
+impl Window {
+    fn new() -> Self {
+        Window { rate_bytes_per_second: 0.0, ack_delay_millis: 1000.0, marks: Vec::new(), delivered: 0 }
+    }
+
+    /// Bytes that may be in flight.
+    pub fn bytes(&self) -> u64 {
+        let bdp = self.rate_bytes_per_second * (self.ack_delay_millis + limits::ACK_SLACK_MILLIS) / 1000.0;
+        ((2.0 * bdp) as u64).clamp(limits::WINDOW_BYTES_MIN, limits::WINDOW_BYTES_MAX)
+    }
+
+    pub fn rate_bytes_per_second(&self) -> f64 {
+        self.rate_bytes_per_second
+    }
+
+    /// `bytes` became durable at `now`; the oldest of them was sent `delay` ago.
+    fn delivered(&mut self, now: u64, bytes: u64, delay: Option<u64>) {
+        self.delivered += bytes;
+        if let Some(delay) = delay {
+            // The smallest delay seen lately is the path's; a queue of our own making must not grow the window.
+            let sample = delay as f64;
+            self.ack_delay_millis =
+                if sample < self.ack_delay_millis { sample } else { self.ack_delay_millis * 0.98 + sample * 0.02 };
+        }
+        self.marks.push((now, self.delivered));
+        self.marks.retain(|(t, _)| t + limits::RATE_WINDOW_MILLIS >= now);
+        let (t0, d0) = self.marks[0];
+        if now > t0 + limits::RATE_SAMPLE_MILLIS_MIN {
+            let rate = (self.delivered - d0) as f64 * 1000.0 / (now - t0) as f64;
+            // Fast up, slow down: a pause in our own sending is not a slower link.
+            self.rate_bytes_per_second = if rate > self.rate_bytes_per_second {
+                rate
+            } else {
+                self.rate_bytes_per_second * 0.9 + rate * 0.1
+            };
+        } else if self.rate_bytes_per_second == 0.0 {
+            self.rate_bytes_per_second = bytes as f64 * 2.0;
+        }
+    }
+}
+
+/// Progress for reports; nothing is decided from it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Counters {
+    pub committed: u64,
+    pub given_up: u64,
+    pub content_bytes: u64,
+    pub wire_bytes: u64,
+    pub resent_bytes: u64,
+    pub durable_bytes: u64,
+    pub frames: u64,
+}
+
+/// See the module's header.
+pub struct Primary {
+    pub limits: Limits,
+    session: Session,
+    epoch: u64,
+    next_sequence: u64,
+    next_number: u64,
+    /// Numbers below this are durably reserved.
+    numbers_reserved: u64,
+    base: Generation,
+    base_cut_millis: u64,
+    phase: Phase,
+    books: BTreeMap<u64, Book>,
+    sent_at: BTreeMap<u64, u64>,
+    resend: Vec<Sequence>,
+    /// Wire bytes of books that are not durable.
+    unacked_bytes: u64,
+    linked: bool,
+    /// The target takes no frames now (full): nothing new is sent.
+    blocked: bool,
+    reads: BTreeMap<u64, u64>,
+    next_cut_millis: u64,
+    demanded: bool,
+    converging: bool,
+    sealing: bool,
+    /// Early staging is under way: position of the pass.
+    pass: Option<(DiskIndex, Block)>,
+    /// The current early pass is finished and the next thing is a cut.
+    pass_done: bool,
+    cursor: (DiskIndex, Block),
+    pub window: Window,
+    pub counters: Counters,
+}
+
+impl Primary {
+    /// `base`: the newest generation known to be at the peer; `next_number`: never used before, of which numbers up to
+    /// `numbers_reserved` are reserved durably.
+    pub fn new(
+        limits: Limits,
+        epoch: u64,
+        session: Session,
+        base: Generation,
+        next_number: GenerationNumber,
+        numbers_reserved: GenerationNumber,
+    ) -> Self {
+        Primary {
+            limits,
+            session,
+            epoch,
+            next_sequence: 1,
+            next_number: next_number.0.max(base.number.0 + 1),
+            numbers_reserved: numbers_reserved.0,
+            base,
+            base_cut_millis: 0,
+            phase: Phase::Idle,
+            books: BTreeMap::new(),
+            sent_at: BTreeMap::new(),
+            resend: Vec::new(),
+            unacked_bytes: 0,
+            linked: false,
+            blocked: false,
+            reads: BTreeMap::new(),
+            next_cut_millis: 0,
+            demanded: false,
+            converging: false,
+            sealing: false,
+            pass: None,
+            pass_done: false,
+            cursor: (DiskIndex(0), Block(0)),
+            window: Window::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    pub fn session(&self) -> Session {
+        self.session
+    }
+    pub fn base(&self) -> Generation {
+        self.base
+    }
+    pub fn base_cut_millis(&self) -> u64 {
+        self.base_cut_millis
+    }
+    pub fn phase(&self) -> &Phase {
+        &self.phase
+    }
+    pub fn linked(&self) -> bool {
+        self.linked
+    }
+    pub fn converging(&self) -> bool {
+        self.converging
+    }
+
+    /// A generation is needed now, whatever the interval says.
+    pub fn demand_cut(&mut self) {
+        self.demanded = true;
+    }
+
+    /// Generations without pause and early staging between them, or back to the interval.
+    pub fn converge(&mut self, on: bool) {
+        self.converging = on;
+    }
+
+    /// The guest is gone for good at this epoch (sealed): the next cut is the last and takes everything.
+    pub fn seal(&mut self, on: bool) {
+        self.sealing = on;
+        if on {
+            self.demanded = true;
+            self.pass = None;
+        }
+    }
+
+    /// Sealed, and everything up to this generation is committed or its commit list is on its way.
+    pub fn remainder(&self, dirty_blocks: u64) -> Option<Generation> {
+        if !self.sealing || self.demanded || !self.linked {
+            return None;
+        }
+        match &self.phase {
+            Phase::Committing { generation, list_sent: true, .. } | Phase::Forgetting { generation, .. }
+                if dirty_blocks == 0 =>
+            {
+                Some(*generation)
+            }
+            Phase::Idle if dirty_blocks == 0 && self.books.is_empty() => Some(self.base),
+            Phase::Idle | Phase::Open { .. } | Phase::Committing { .. } | Phase::Forgetting { .. } => None,
+        }
+    }
+
+    // ---- the link
+
+    /// The peer was met. `held`: which of this session's frames it has durably (`None`: it has nothing of this
+    /// session); `committed`: its newest generation.
+    pub fn link_up<M: Maps>(
+        &mut self,
+        now: u64,
+        tracker: &Tracker<M>,
+        held: Option<&dyn Fn(Sequence) -> bool>,
+        committed: Generation,
+        kept_payload: &dyn Fn(Sequence) -> bool,
+    ) {
+        self.linked = true;
+        self.resend.clear();
+        match self.phase {
+            // The answer to our commit was lost.
+            Phase::Committing { generation, .. } if committed == generation => self.committed(now, generation),
+            Phase::Committing { generation, cut_at_millis, .. } => {
+                self.phase = Phase::Committing { generation, cut_at_millis, list_sent: false };
+            }
+            Phase::Idle | Phase::Open { .. } | Phase::Forgetting { .. } => {}
+        }
+        if matches!(self.phase, Phase::Forgetting { .. }) {
+            return;
+        }
+        let lost: Vec<u64> = self
+            .books
+            .keys()
+            .copied()
+            .filter(|s| !held.is_some_and(|held| held(Sequence(*s))))
+            .collect();
+        let (again, gone): (Vec<u64>, Vec<u64>) = lost.into_iter().partition(|s| kept_payload(Sequence(*s)));
+        for s in self.books.keys().copied().collect::<Vec<_>>() {
+            if !again.contains(&s) && !gone.contains(&s) {
+                self.mark_durable(s);
+            }
+        }
+        self.resend = again.into_iter().map(Sequence).collect();
+        self.lose(tracker, &gone);
+    }
+
+    /// The target has committed more than we knew (the word of it was lost with a former worker). Only between
+    /// generations; our marks cover at least what differs.
+    pub fn rebase(&mut self, committed: Generation) {
+        if self.phase == Phase::Idle {
+            self.base = committed;
+            self.next_number = self.next_number.max(committed.number.0 + 1);
+        }
+    }
+
+    /// The target is full and takes no frames, or has room again.
+    pub fn block(&mut self, blocked: bool) {
+        self.blocked = blocked;
+    }
+
+    /// Drop frames of which no block counts any more (rewritten since): the target may reclaim them. Only between
+    /// generations, when a block that is dirty again is of no use in its old form.
+    pub fn superseded<M: Maps>(&mut self, tracker: &Tracker<M>) -> Vec<Sequence> {
+        if self.phase != Phase::Idle || !self.reads.is_empty() {
+            return Vec::new();
+        }
+        let mut seen: BTreeMap<(DiskIndex, u64), u64> = BTreeMap::new();
+        let mut gone = Vec::new();
+        for (s, book) in self.books.iter().rev() {
+            let mut counts = false;
+            for b in book.extents.iter().flat_map(|e| e.start.0..e.end().0) {
+                let word = seen.entry((book.disk, b / 64)).or_insert(0);
+                counts |= *word >> (b % 64) & 1 == 0 && !tracker.overwritten(book.disk, Block(b));
+                *word |= 1 << (b % 64);
+            }
+            if !counts && book.durable {
+                gone.push(Sequence(*s));
+            }
+        }
+        for s in &gone {
+            self.books.remove(&s.0);
+        }
+        gone
+    }
+
+    /// The connection broke. What was sent and not acknowledged is decided at the next [`Primary::link_up`].
+    pub fn link_down(&mut self) {
+        self.linked = false;
+        self.sent_at.clear();
+    }
+
+    /// These frames are not at the target and cannot be sent again as they were: their blocks must be read again.
+    fn lose<M: Maps>(&mut self, tracker: &Tracker<M>, gone: &[u64]) {
+        if gone.is_empty() {
+            return;
+        }
+        for s in gone {
+            let Some(book) = self.books.remove(s) else { continue };
+            self.unacked_bytes -= if book.durable { 0 } else { book.wire_bytes };
+            for e in &book.extents {
+                tracker.unstage(book.disk, *e);
+                tracker.mark(book.disk, *e);
+            }
+        }
+        // Their content as of the cut is gone where the guest has written since; and a closed generation cannot be
+        // opened again. What was sent stays staged, the rest is dirty: the next cut takes it all.
+        if !matches!(self.phase, Phase::Idle) {
+            self.abandon(tracker);
+        }
+    }
+
+    /// The preserve store is full, or content of the cut was lost: no consistent point can be made of this cut.
+    pub fn abandon<M: Maps>(&mut self, tracker: &Tracker<M>) {
+        if matches!(self.phase, Phase::Open { .. } | Phase::Committing { .. }) {
+            tracker.give_up();
+            self.counters.given_up += 1;
+            self.phase = Phase::Idle;
+            self.demanded = true;
+            self.pass = None;
+            // Stage early first: the next cut then has less to preserve.
+            self.pass_done = false;
+        }
+    }
+
+    // ---- what the shell reports
+
+    pub fn cut_made<M: Maps>(&mut self, now: u64, tracker: &Tracker<M>, generation: Generation, cut: u64) {
+        assert_eq!(self.phase, Phase::Idle, "a cut begins a generation");
+        self.next_number = generation.number.0 + 1;
+        self.demanded = false;
+        self.pass = None;
+        self.pass_done = false;
+        self.cursor = (DiskIndex(0), Block(0));
+        self.next_cut_millis = now + self.limits.interval_millis;
+        self.phase = Phase::Open { generation, cut, cut_at_millis: now, total_blocks: tracker.frozen_blocks() };
+    }
+
+    /// A read became these frames (none, if everything was overwritten meanwhile). Their staged marks are set.
+    pub fn frames_built(&mut self, now: u64, read: Sequence, frames: &[FrameHeader]) {
+        self.reads.remove(&read.0);
+        for f in frames {
+            let wire_bytes = u64::from(f.payload_bytes) + limits::FRAME_OVERHEAD_BYTES;
+            self.counters.content_bytes += f.content_bytes;
+            self.counters.wire_bytes += wire_bytes;
+            self.counters.frames += 1;
+            self.unacked_bytes += wire_bytes;
+            let book = Book {
+                disk: f.disk,
+                extents: f.extents.clone(),
+                crc32: f.crc32,
+                digest: f.digest,
+                wire_bytes,
+                durable: false,
+            };
+            self.books.insert(f.sequence.0, book);
+            self.sent_at.insert(f.sequence.0, now);
+        }
+    }
+
+    /// The target holds these durably.
+    pub fn durable(&mut self, now: u64, first: Sequence, last: Sequence) {
+        let mut bytes = 0;
+        let mut delay = None;
+        for s in self.books.range(first.0..=last.0).map(|(s, _)| *s).collect::<Vec<_>>() {
+            bytes += self.mark_durable(s);
+            if let Some(at) = self.sent_at.remove(&s) {
+                delay = Some(delay.map_or(now.saturating_sub(at), |d: u64| d.min(now.saturating_sub(at))));
+            }
+        }
+        self.counters.durable_bytes += bytes;
+        if bytes > 0 {
+            self.window.delivered(now, bytes, delay);
+        }
+    }
+
+    fn mark_durable(&mut self, sequence: u64) -> u64 {
+        match self.books.get_mut(&sequence) {
+            Some(b) if !b.durable => {
+                b.durable = true;
+                self.unacked_bytes -= b.wire_bytes;
+                b.wire_bytes
+            }
+            _ => 0,
+        }
+    }
+
+    /// Whether a frame needs to be kept in memory for sending it again.
+    pub fn needs_payload(&self, sequence: Sequence) -> bool {
+        self.books.get(&sequence.0).is_some_and(|b| !b.durable)
+    }
+
+    /// The target committed `generation` durably.
+    pub fn committed(&mut self, _now: u64, generation: Generation) {
+        if let Phase::Committing { generation: g, cut_at_millis, .. } = self.phase
+            && g == generation
+        {
+            self.phase = Phase::Forgetting { generation, cut_at_millis, syncing: false };
+        }
+    }
+
+    /// The target lacks these frames of the list.
+    pub fn lacks<M: Maps>(
+        &mut self,
+        tracker: &Tracker<M>,
+        generation: Generation,
+        missing: &[Sequence],
+        kept_payload: &dyn Fn(Sequence) -> bool,
+    ) {
+        let Phase::Committing { generation: g, cut_at_millis, .. } = self.phase else { return };
+        if g != generation {
+            return;
+        }
+        self.phase = Phase::Committing { generation, cut_at_millis, list_sent: false };
+        let (again, gone): (Vec<Sequence>, Vec<Sequence>) =
+            missing.iter().partition(|s| self.needs_payload(**s) && kept_payload(**s));
+        self.resend.extend(again);
+        self.lose(tracker, &gone.iter().map(|s| s.0).collect::<Vec<_>>());
+    }
+
+    /// The disks were synced after [`Step::SyncDisks`] (I5): drop the marks.
+    pub fn forget<M: Maps>(&mut self, tracker: &Tracker<M>) {
+        let Phase::Forgetting { generation, cut_at_millis, .. } = self.phase else { return };
+        for book in core::mem::take(&mut self.books).into_values() {
+            for e in &book.extents {
+                tracker.unstage(book.disk, *e);
+            }
+        }
+        self.sent_at.clear();
+        self.resend.clear();
+        self.unacked_bytes = 0;
+        self.base = generation;
+        self.base_cut_millis = cut_at_millis;
+        self.counters.committed += 1;
+        self.phase = Phase::Idle;
+    }
+
+    /// The record now reserves numbers below `until`.
+    pub fn numbers_reserved(&mut self, until: GenerationNumber) {
+        self.numbers_reserved = until.0;
+    }
+
+    /// The next cut would need a number that is not reserved yet.
+    pub fn wants_numbers(&self) -> bool {
+        self.next_number >= self.numbers_reserved
+    }
+
+    pub fn next_number(&self) -> GenerationNumber {
+        GenerationNumber(self.next_number)
+    }
+
+    pub fn bytes_in_flight(&self) -> u64 {
+        self.unacked_bytes + self.reads.values().sum::<u64>()
+    }
+
+    /// Bytes of the open generation (or the early staging) that are sent and not yet durable, for progress.
+    pub fn books_bytes(&self) -> u64 {
+        self.books.values().map(|b| b.extents.iter().map(|e| e.bytes()).sum::<u64>()).sum()
+    }
+
+    // ---- what to do next
+
+    /// `preserved_blocks`: blocks in the preserve store that have not been sent.
+    pub fn poll<M: Maps>(&mut self, now: u64, tracker: &Tracker<M>, preserved_blocks: u64) -> Step {
+        if !self.linked || self.blocked || self.limits.paused && !self.sealing {
+            return Step::Wait { until_millis: u64::MAX };
+        }
+        if let Some(sequence) = self.resend.pop() {
+            if let Some(book) = self.books.get(&sequence.0) {
+                self.counters.resent_bytes += book.wire_bytes;
+                self.sent_at.insert(sequence.0, now);
+                return Step::Resend(sequence);
+            }
+        }
+        let room = self.bytes_in_flight() + limits::FRAME_BYTES_MAX / 4 <= self.window.bytes();
+        match self.phase.clone() {
+            Phase::Idle => self.poll_idle(now, tracker, room),
+            Phase::Open { generation, cut, cut_at_millis, .. } => {
+                if room {
+                    if preserved_blocks * crate::geometry::BLOCK_BYTES > self.limits.preserve_bytes / 2 {
+                        return self.send_preserved();
+                    }
+                    if let Some(step) = self.read_frozen(tracker, cut) {
+                        return step;
+                    }
+                    if preserved_blocks > 0 {
+                        return self.send_preserved();
+                    }
+                }
+                if self.reads.is_empty() && tracker.frozen_blocks() == 0 && preserved_blocks == 0 {
+                    tracker.close_generation();
+                    self.phase = Phase::Committing { generation, cut_at_millis, list_sent: false };
+                    return self.poll(now, tracker, preserved_blocks);
+                }
+                Step::Wait { until_millis: u64::MAX }
+            }
+            Phase::Committing { generation, cut_at_millis, list_sent } => {
+                if list_sent || !self.resend.is_empty() {
+                    return Step::Wait { until_millis: u64::MAX };
+                }
+                self.phase = Phase::Committing { generation, cut_at_millis, list_sent: true };
+                Step::Commit { list: self.list(generation), cut_at_millis }
+            }
+            Phase::Forgetting { generation, cut_at_millis, syncing } => {
+                if syncing {
+                    return Step::Wait { until_millis: u64::MAX };
+                }
+                self.phase = Phase::Forgetting { generation, cut_at_millis, syncing: true };
+                Step::SyncDisks
+            }
+        }
+    }
+
+    fn poll_idle<M: Maps>(&mut self, now: u64, tracker: &Tracker<M>, room: bool) -> Step {
+        let due = self.demanded || self.converging || now >= self.next_cut_millis;
+        if !due {
+            return Step::Wait { until_millis: self.next_cut_millis };
+        }
+        let dirty_bytes = tracker.current_blocks() * crate::geometry::BLOCK_BYTES;
+        // Much to send: stage a first pass before the cut, so that little is left to preserve during the generation.
+        let early = !self.sealing && !self.pass_done && dirty_bytes > self.limits.preserve_bytes / 2;
+        if early {
+            if !room {
+                return Step::Wait { until_millis: u64::MAX };
+            }
+            if let Some(step) = self.read_current(tracker) {
+                return step;
+            }
+            self.pass_done = true;
+        }
+        if !self.reads.is_empty() || self.wants_numbers() {
+            return Step::Wait { until_millis: u64::MAX };
+        }
+        Step::Cut { generation: Generation { number: GenerationNumber(self.next_number), epoch: self.epoch } }
+    }
+
+    fn frame_blocks(&self) -> u64 {
+        // A quarter of the window, so that several frames are under way and a cut costs little.
+        let bytes = (self.window.bytes() / 4).clamp(limits::FRAME_BYTES_MAX / 8, limits::FRAME_BYTES_MAX);
+        bytes / crate::geometry::BLOCK_BYTES
+    }
+
+    fn begin_read(&mut self, disk: DiskIndex, extents: Vec<Extent>) -> Read {
+        let sequence = Sequence(self.next_sequence);
+        self.next_sequence += SEQUENCES_PER_READ;
+        let bytes = extents.iter().map(|e| e.bytes()).sum();
+        self.reads.insert(sequence.0, bytes);
+        Read { disk, extents, sequence }
+    }
+
+    fn send_preserved(&mut self) -> Step {
+        let read = self.begin_read(DiskIndex(0), Vec::new());
+        self.reads.insert(read.sequence.0, limits::FRAME_BYTES_MAX);
+        Step::SendPreserved { read }
+    }
+
+    fn read_frozen<M: Maps>(&mut self, tracker: &Tracker<M>, cut: u64) -> Option<Step> {
+        let (from, blocks) = (self.cursor, self.frame_blocks());
+        let found = next_extents(tracker, from, blocks, Tracker::frozen_from);
+        match found {
+            Some((disk, extents)) => {
+                self.cursor = (disk, after(&extents));
+                Some(Step::ReadFrozen { read: self.begin_read(disk, extents), cut })
+            }
+            None => {
+                // Blocks whose read failed or that came back are found by another round, once the reads are in.
+                if self.reads.is_empty() && tracker.frozen_blocks() > 0 {
+                    self.cursor = (DiskIndex(0), Block(0));
+                }
+                None
+            }
+        }
+    }
+
+    fn read_current<M: Maps>(&mut self, tracker: &Tracker<M>) -> Option<Step> {
+        let mut from = self.pass.unwrap_or((DiskIndex(0), Block(0)));
+        loop {
+            let Some((disk, extents)) = next_extents(tracker, from, self.frame_blocks(), Tracker::current_from) else {
+                self.pass = None;
+                return None;
+            };
+            from = (disk, after(&extents));
+            self.pass = Some(from);
+            let taken = tracker.take_current(disk, &extents);
+            if !taken.is_empty() {
+                return Some(Step::ReadCurrent { read: self.begin_read(disk, taken) });
+            }
+        }
+    }
+
+    /// The exact list (I4): every frame in the books, each block from the newest frame that has it.
+    fn list(&self, generation: Generation) -> CommitList {
+        let mut seen: BTreeMap<(DiskIndex, u64), u64> = BTreeMap::new();
+        let mut entries = Vec::with_capacity(self.books.len());
+        for (s, book) in self.books.iter().rev() {
+            let mut excluded = Vec::new();
+            let (mut index, mut all) = (0, true);
+            for e in &book.extents {
+                for b in e.start.0..e.end().0 {
+                    let word = seen.entry((book.disk, b / 64)).or_insert(0);
+                    if *word >> (b % 64) & 1 == 1 {
+                        exclude(&mut excluded, index);
+                    } else {
+                        *word |= 1 << (b % 64);
+                        all = false;
+                    }
+                    index += 1;
+                }
+            }
+            // A frame of which nothing counts is left out; the target reclaims it.
+            if !all {
+                let (session, sequence) = (self.session, Sequence(*s));
+                entries.push(Entry { session, sequence, crc32: book.crc32, digest: book.digest, excluded });
+            }
+        }
+        entries.reverse();
+        CommitList::new(generation, self.base, entries)
+    }
+}
+
+fn after(extents: &[Extent]) -> Block {
+    extents.last().map_or(Block(0), |e| e.end())
+}
+
+fn next_extents<M: Maps>(
+    tracker: &Tracker<M>,
+    from: (DiskIndex, Block),
+    blocks: u64,
+    scan: impl Fn(&Tracker<M>, DiskIndex, Block, u64) -> Vec<Extent>,
+) -> Option<(DiskIndex, Vec<Extent>)> {
+    for disk in tracker.disk_indices().skip(usize::from(from.0.0)) {
+        let start = if disk == from.0 { from.1 } else { Block(0) };
+        let extents = scan(tracker, disk, start, blocks);
+        if !extents.is_empty() {
+            return Some((disk, extents));
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+#[path = "primary_tests.rs"]
+mod tests;

@@ -1,0 +1,591 @@
+//! The brain: one thread that owns who we are and what we do about it.
+//!
+//! `let event = receive(); apply; perform; pump` (style item 2). It owns the role record, the one link to the peer, and
+//! the duty that belongs to the role: [`Source`] while this side is active, [`Target`] while it is a replica. The guest's
+//! requests never pass through here; they meet a gate that is set from here.
+//!
+//! Invariants: **I6** the record is durable before anything that follows from it ([`Brain::perform`] stops at a failed
+//! Persist by ending the worker, which reads the record again); **I9** every refusal and loss is a condition.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::SeqCst},
+        mpsc::{Receiver, RecvTimeoutError},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use watari_core::{
+    geometry::{Generation, GenerationNumber, Session},
+    handover::{self, Action, Gate, Message, Site},
+    limits,
+    primary::{Limits, Phase},
+    record::Role,
+    slots::SlotFile,
+};
+use watari_store::{folder::Folder, lock::FolderLock};
+use watari_wire::{
+    replication::{self as wire, Hello, control_message::Body},
+    report::Report,
+};
+
+use super::{
+    clock::{random_id, unix_millis},
+    conditions::Conditions,
+    convert,
+    event::{Answer, ControlSender, Event, LinkId},
+    folder::ReplicaFolder,
+    gate::{Connections, GateDisk},
+    remote::RemoteReads,
+    source::{Asked, Begin, Source},
+    steering::{Declined, Outcome},
+    stream::{DataPool, Post, message},
+    target::{Target, adopted_mark},
+    tracking::Shared,
+};
+use crate::{config::Config, throttle::Throttle};
+
+mod intents;
+mod links;
+mod reporting;
+
+/// Longest sleep of the loop: held requests expire, demands time out and reports are made at this grain.
+const TICK: Duration = Duration::from_millis(50);
+/// Events handled before the duties are looked at again.
+const EVENTS_PER_ROUND: usize = 256;
+/// Generation numbers reserved durably at a time.
+const NUMBERS_RESERVED: u64 = 1000;
+
+/// Flags that the guest's threads read.
+#[derive(Default)]
+pub struct Signals {
+    /// A QEMU may attach here although this side does not serve.
+    pub attachable: AtomicBool,
+    /// The source's QEMU has left.
+    pub source_left: AtomicBool,
+    /// A request for the right to write is on its way to the brain.
+    pub wants_write: AtomicBool,
+}
+
+/// The one connection to the peer.
+struct Link {
+    id: LinkId,
+    peer: String,
+    control: ControlSender,
+    rtt_millis: f64,
+    /// The peer shares our history; otherwise it gets a baseline after the next commit.
+    same_history: bool,
+}
+
+/// Somebody waits for a commit.
+struct CutWaiter {
+    answer: Answer,
+    deadline: Instant,
+    /// Number that must be committed; `None` until the cut is made.
+    number: Option<u64>,
+    after: u64,
+}
+
+type WaitingFrame = (Bytes, Bytes, OwnedSemaphorePermit);
+
+/// Everything that the brain is made from.
+pub struct Parts {
+    pub config: Arc<Config>,
+    pub inbox: Receiver<Event>,
+    pub post: Post,
+    pub site: Site,
+    pub session: Session,
+    pub slot: SlotFile,
+    pub meta: Folder,
+    pub lock: FolderLock,
+    pub shared: Arc<Shared>,
+    pub disks: Arc<Vec<GateDisk>>,
+    pub connections: Arc<Connections>,
+    pub remote: Arc<RemoteReads>,
+    pub signals: Arc<Signals>,
+    pub replica: ReplicaFolder,
+    pub hello: Arc<Mutex<Hello>>,
+    pub dial: watch::Sender<bool>,
+    pub throttle: Arc<Throttle>,
+    pub report: Arc<Mutex<Report>>,
+    /// What a start as source must do before the marks can be believed.
+    pub baseline: Baseline,
+    /// Whether this process has a guest's front end at all.
+    pub front_end: bool,
+}
+
+/// Where the marks of a starting source come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Baseline {
+    /// The marks are right as they are.
+    Marks,
+    /// These ranges (disk, first block, blocks) may differ.
+    Compare(Vec<(watari_core::geometry::DiskIndex, u64, u64)>),
+    /// Everything may differ, for this reason.
+    Everything(String),
+}
+
+/// See the module's header.
+pub struct Brain {
+    parts: Parts,
+    source: Option<Source>,
+    target: Option<Target>,
+    link: Option<Link>,
+    frames: VecDeque<WaitingFrame>,
+    cuts: Vec<CutWaiter>,
+    conditions: Conditions,
+    /// Handover goal at the target: apply exactly up to this generation.
+    apply_goal: Option<Generation>,
+    terminating: bool,
+    /// Set when the thread shall end, with the exit code.
+    exit: Option<i32>,
+    limits: Limits,
+    next_report: Instant,
+    next_beat: Instant,
+    reconnects: u64,
+    last_link_error: String,
+    committed_before: u64,
+    /// Guest writes may be slowed down so that a move converges.
+    slow_down: bool,
+}
+
+impl Brain {
+    pub fn new(parts: Parts) -> Self {
+        let limits = Limits {
+            interval_millis: parts.config.interval.as_millis() as u64,
+            preserve_bytes: parts.config.preserve.memory_bytes + parts.config.preserve.spill_bytes,
+            paused: false,
+        };
+        Brain {
+            parts,
+            source: None,
+            target: None,
+            link: None,
+            frames: VecDeque::new(),
+            cuts: Vec::new(),
+            conditions: Conditions::default(),
+            apply_goal: None,
+            terminating: false,
+            exit: None,
+            limits,
+            next_report: Instant::now(),
+            next_beat: Instant::now(),
+            reconnects: 0,
+            last_link_error: String::new(),
+            committed_before: 0,
+            slow_down: false,
+        }
+    }
+
+    /// Run until the end; returns the exit code.
+    pub fn run(mut self) -> i32 {
+        self.take_up();
+        loop {
+            let mut handled = 0;
+            match self.parts.inbox.recv_timeout(self.pause()) {
+                Ok(event) => {
+                    self.handle(event);
+                    handled = 1;
+                    while handled < EVENTS_PER_ROUND
+                        && let Ok(event) = self.parts.inbox.try_recv()
+                    {
+                        self.handle(event);
+                        handled += 1;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return 0,
+            }
+            self.duties(handled < EVENTS_PER_ROUND);
+            self.tick();
+            if let Some(code) = self.exit {
+                return self.close(code);
+            }
+        }
+    }
+
+    /// How long the loop may sleep.
+    fn pause(&self) -> Duration {
+        if self.target.as_ref().is_some_and(Target::has_work) || !self.frames.is_empty() && self.target_has_room() {
+            return Duration::ZERO;
+        }
+        let until = self.source.as_ref().map_or(u64::MAX, |s| s.wait_until_millis);
+        TICK.min(Duration::from_millis(until.saturating_sub(unix_millis())))
+    }
+
+    fn target_has_room(&self) -> bool {
+        self.target.as_ref().is_some_and(Target::has_room)
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Intent(intent, answer) => self.intent(intent, answer),
+            Event::GuestAttached => self.apply(handover::Event::GuestAttached),
+            Event::GuestLeft(how) => {
+                // A broken connection at the source may come back; only a goodbye says that its QEMU is gone.
+                if how == watari_core::front::Detach::Clean || self.target.is_some() {
+                    self.apply(handover::Event::GuestLeft);
+                }
+            }
+            Event::GuestWantsWrite => {
+                self.parts.signals.wants_write.store(false, SeqCst);
+                self.apply(handover::Event::WantWrite { nonce: random_id() });
+            }
+            Event::LinkOpened { link, peer, hello, control, data } => self.link_opened(link, peer, &hello, control, data),
+            Event::LinkMessage(link, m) => self.link_message(link, m),
+            Event::LinkClosed(link, reason) => self.link_closed(link, &reason),
+            Event::DialFailed(reason) => self.last_link_error = reason,
+            Event::Frame { header, payload, permit } => self.frames.push_back((header, payload, permit)),
+            Event::Built { read, frames } => {
+                if let Some(source) = &mut self.source {
+                    source.built(unix_millis(), read, frames);
+                }
+            }
+            Event::DisksSynced(result) => self.disks_synced(result),
+            Event::Wake => {}
+            Event::Terminate => self.terminating = true,
+        }
+    }
+
+    // ---- roles
+
+    /// After a start: go on from the durable record.
+    fn take_up(&mut self) {
+        let role = self.parts.site.record().role.clone();
+        if role.is_active_side() && !matches!(role, Role::Promoting { .. }) {
+            let baseline = self.parts.baseline.clone();
+            self.become_source(None, baseline);
+        } else if matches!(role, Role::Replica | Role::Voided { .. } | Role::Promoting { .. } | Role::Fenced { .. }) {
+            self.open_target();
+        }
+        let actions = self.parts.site.resume();
+        self.perform(actions);
+        self.dial();
+    }
+
+    fn apply(&mut self, event: handover::Event) {
+        let actions = self.parts.site.apply(event);
+        self.perform(actions);
+    }
+
+    /// Do what the core says, in its order. Returns the first refusal.
+    fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Persist(record) => {
+                    if let Err(error) = self.parts.slot.write(&mut self.parts.meta, &record.encode()) {
+                        // Nothing that follows may happen; the next start reads what is durable.
+                        tracing::error!(%error, "the role record cannot be written: the worker starts over");
+                        std::process::exit(super::EXIT_RECORD);
+                    }
+                    tracing::info!(role = record.role.name(), epoch = record.epoch.counter, floor = record.floor, "role");
+                    self.dial();
+                }
+                Action::Send(m) => self.send(&m),
+                Action::Gate(gate) => self.set_gate(gate),
+                Action::Converge(on) => {
+                    if let Some(s) = &mut self.source {
+                        s.primary.converge(on);
+                    }
+                }
+                Action::SealAndSend => {
+                    self.parts.shared.tracker.seal();
+                    if let Some(s) = &mut self.source {
+                        s.primary.seal(true);
+                    }
+                }
+                Action::Unseal => {
+                    self.parts.shared.tracker.unseal();
+                    if let Some(s) = &mut self.source {
+                        s.primary.seal(false);
+                    }
+                }
+                Action::SyncDisks => {
+                    for disk in self.parts.disks.iter() {
+                        if let Err(errno) = disk.local().file().flush() {
+                            tracing::error!(?errno, "fdatasync of a disk failed before a release: the worker starts over");
+                            std::process::exit(super::EXIT_RECORD);
+                        }
+                    }
+                }
+                Action::ApplyUpTo(generation) => self.apply_goal = Some(generation),
+                Action::RollTo(generation) => self.roll_to(generation),
+                Action::BecomeSource { base } => self.become_source(base, Baseline::Marks),
+                Action::BecomeReplica { generation } => self.become_replica(generation),
+                Action::Refuse(why) => self.conditions.refused(why),
+                Action::Report(condition) => self.conditions.handover(condition),
+            }
+        }
+        self.parts.signals.attachable.store(self.parts.site.attachable(), SeqCst);
+    }
+
+    fn set_gate(&self, gate: Gate) {
+        for disk in self.parts.disks.iter() {
+            disk.set_gate(gate);
+        }
+    }
+
+    fn send(&self, m: &Message) {
+        if let Some(link) = &self.link {
+            // A closed link is reported by itself; what matters is repeated at the next one.
+            let _ = link.control.send(message(Body::Handover(convert::handover(m))));
+        }
+    }
+
+    fn dial(&self) {
+        let role = &self.parts.site.record().role;
+        let wanted = role.is_active_side() && !matches!(role, Role::Promoting { .. });
+        self.parts.dial.send_if_modified(|now| std::mem::replace(now, wanted) != wanted);
+        self.refresh_hello();
+    }
+
+    /// `base`: a fresh beginning at this generation (handover, promotion); `None`: a start of the process.
+    fn become_source(&mut self, base: Option<Generation>, baseline: Baseline) {
+        self.target = None;
+        self.frames.clear();
+        self.parts.shared.tracker.unseal();
+        if base.is_some() {
+            // The disks equal the base at both sites: nothing is marked. The journal, undo and manifest have served.
+            self.parts.shared.tracker.clear_all();
+            if let Err(error) = self.parts.replica.remove() {
+                tracing::warn!(%error, "the former replica's files are left behind");
+            }
+        }
+        let record = self.parts.site.record().clone();
+        let begin = Begin {
+            limits: self.limits.clone(),
+            epoch: record.epoch.counter,
+            session: self.parts.session,
+            base: base.unwrap_or(record.base),
+            next_number: record.numbers_reserved,
+            numbers_reserved: record.numbers_reserved,
+            folder: self.parts.config.folder.clone(),
+            level: Some(super::level(&self.parts.config)),
+        };
+        let mut source =
+            Source::new(begin, self.parts.shared.clone(), self.parts.disks.clone(), self.parts.post.clone());
+        match baseline {
+            Baseline::Marks => {}
+            Baseline::Compare(ranges) => {
+                for (disk, first, blocks) in ranges {
+                    source.must_compare(disk, first, blocks);
+                }
+            }
+            Baseline::Everything(why) => {
+                tracing::warn!(reason = why, "everything will be compared by digest");
+                source.compare_everything(&why);
+            }
+        }
+        self.source = Some(source);
+    }
+
+    fn become_replica(&mut self, generation: Generation) {
+        self.source = None;
+        self.parts.shared.preserve.clear();
+        let adopted = self.parts.replica.create(false).and_then(|mut store| {
+            store.adopt(adopted_mark(generation))?;
+            store.raise_floor(self.parts.site.record().epoch.counter)?;
+            Ok(store)
+        });
+        match adopted {
+            Ok(store) => {
+                self.target = Some(Target::new(store));
+                self.parts.shared.tracker.clear_all();
+                self.apply(handover::Event::Adopted);
+            }
+            Err(error) => self.conditions.set("ReplicaFailed", "CannotAdopt", &error.to_string(), "make room in the folder, then restart this sidecar"),
+        }
+    }
+
+    fn open_target(&mut self) {
+        match self.parts.replica.open_or_create() {
+            Ok(store) => {
+                self.target = Some(Target::new(store));
+                self.conditions.clear("ReplicaFailed");
+            }
+            Err(error) => {
+                tracing::error!(%error, "the replica cannot be opened");
+                self.conditions.set("ReplicaFailed", "CannotOpen", &error.to_string(), "`watari-sidecar inspect` shows what is there");
+            }
+        }
+    }
+
+    /// Promotion: make the image equal to a kept generation, then serve.
+    fn roll_to(&mut self, generation: Generation) {
+        let Some(target) = &mut self.target else { return };
+        let rolled = (|| {
+            if target.committed() != generation {
+                target.store.promote_to(generation)?;
+            }
+            target.finish_applying()
+        })();
+        match rolled {
+            Ok(()) => self.apply(handover::Event::Rolled { activation: watari_core::geometry::ActivationId(random_id()) }),
+            Err(error) => self.conditions.set("PromotionFailed", "CannotRoll", &error.to_string(), "make room, then promote again"),
+        }
+    }
+
+    fn disks_synced(&mut self, result: Result<(), String>) {
+        let Some(source) = &mut self.source else { return };
+        match result {
+            Ok(()) => {
+                source.disks_synced();
+                let base = source.primary.base();
+                // What the record remembers of the base is a floor, not a promise: it is written along with other changes.
+                if let Some(link) = &mut self.link
+                    && !link.same_history
+                {
+                    link.same_history = true;
+                    let baseline = wire::Baseline {
+                        generation: Some(convert::wire_generation(base)),
+                        identity: convert::bytes(&self.parts.site.record().identity),
+                    };
+                    let _ = link.control.send(message(Body::Baseline(baseline)));
+                }
+                let first = self.parts.site.record().base == Generation::default();
+                if first {
+                    let action = self.parts.site.amend(|r| r.base = base);
+                    self.perform(vec![action]);
+                }
+            }
+            Err(error) => {
+                // I5: without a sync nothing is forgotten, and a failed sync is never repeated.
+                self.conditions.set("SourceDiskFailed", "SyncFailed", &error, "check the disk; the VM's own writes report errors to it");
+            }
+        }
+    }
+
+    // ---- duties
+
+    fn duties(&mut self, idle: bool) {
+        self.source_duty();
+        self.target_duty(idle);
+    }
+
+    fn source_duty(&mut self) {
+        let Some(source) = &mut self.source else { return };
+        match source.pump(unix_millis()) {
+            Asked::Nothing => {}
+            Asked::Numbers => {
+                let until = GenerationNumber(source.primary.next_number().0 + NUMBERS_RESERVED);
+                let base = source.primary.base();
+                let action = self.parts.site.amend(|r| {
+                    r.numbers_reserved = until;
+                    r.base = base;
+                });
+                self.perform(vec![action]);
+                if let Some(source) = &mut self.source {
+                    source.reserved(until);
+                }
+                (self.parts.post)(Event::Wake);
+            }
+            Asked::Remainder(generation) => self.apply(handover::Event::RemainderSent { generation }),
+        }
+        self.answer_cuts();
+    }
+
+    fn target_duty(&mut self, idle: bool) {
+        let Some(target) = &mut self.target else {
+            self.frames.clear();
+            return;
+        };
+        while target.has_room()
+            && let Some((header, payload, _)) = self.frames.front()
+        {
+            if !target.frame(header, payload) {
+                break;
+            }
+            self.frames.pop_front();
+        }
+        let mut out: Vec<Body> = target.sync(idle).into_iter().collect();
+        if target.waits_for_frames() {
+            out.extend(target.try_commit());
+        }
+        target.work();
+        out.extend(target.news());
+        if let Some(link) = &self.link {
+            for body in out {
+                let _ = link.control.send(message(body));
+            }
+        }
+        if let Some(goal) = self.apply_goal
+            && self.target.as_ref().is_some_and(|t| t.committed() == goal && t.applied() == goal)
+        {
+            self.apply_goal = None;
+            let activation = watari_core::geometry::ActivationId(random_id());
+            self.apply(handover::Event::Applied { generation: goal, activation });
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = Instant::now();
+        for disk in self.parts.disks.iter() {
+            disk.expire(now);
+        }
+        if now >= self.next_beat {
+            self.next_beat = now + Duration::from_secs(1);
+            self.beat();
+        }
+        if now >= self.next_report {
+            self.next_report = now + Duration::from_millis(100);
+            self.make_report();
+        }
+        if self.terminating && self.exit.is_none() && self.parts.connections.count() == 0 {
+            self.exit = Some(0);
+        }
+    }
+
+    /// A clean end: what is staged is synced, the proof for the next start is written.
+    fn close(mut self, code: i32) -> i32 {
+        if let Some(target) = &mut self.target {
+            let _ = target.sync(true);
+        }
+        super::start::record_clean_stop(&self.parts);
+        self.make_report();
+        code
+    }
+
+    fn refresh_hello(&self) {
+        let hello = self.our_hello(Vec::new());
+        *self.parts.hello.lock().unwrap_or_else(PoisonError::into_inner) = hello;
+    }
+}
+
+/// A demand for a cut is answered when its generation, or a later one, is committed.
+impl Brain {
+    fn answer_cuts(&mut self) {
+        let Some(source) = &self.source else { return };
+        let committed = source.primary.base();
+        let open = match source.primary.phase() {
+            Phase::Idle => None,
+            Phase::Open { generation, .. } | Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } => {
+                Some(generation.number.0)
+            }
+        };
+        let now = Instant::now();
+        for mut waiter in std::mem::take(&mut self.cuts) {
+            if waiter.number.is_none() {
+                waiter.number = open.filter(|n| *n > waiter.after);
+            }
+            let done = waiter.number.is_some_and(|n| committed.number.0 >= n);
+            if done {
+                let _ = waiter.answer.send(Ok(Outcome::Committed { epoch: committed.epoch, number: committed.number.0 }));
+            } else if now >= waiter.deadline {
+                let text = "the cut goes on; its generation is not committed yet".to_owned();
+                let _ = waiter.answer.send(Ok(Outcome::Pending(text)));
+            } else {
+                self.cuts.push(waiter);
+            }
+        }
+    }
+
+    fn decline(answer: Answer, why: impl Into<String>) {
+        let _ = answer.send(Err(Declined(why.into())));
+    }
+}
+
+const _: () = assert!(limits::DISKS_MAX <= 1 << 15, "connection numbers carry the disk in their top bits");

@@ -1,0 +1,294 @@
+//! The brain and its link: Hello in both directions, routing of control messages, the end of a connection.
+
+use std::time::Duration;
+
+use watari_core::{
+    geometry::ActivationId,
+    handover::{self, PeerRole},
+    record::Role,
+};
+use watari_wire::replication::{ControlMessage, Heartbeat, Hello, ReadReply, Refused};
+
+use super::*;
+
+/// Protocol versions that this binary speaks.
+pub const PROTOCOL_MIN: u32 = 1;
+pub const PROTOCOL_MAX: u32 = 1;
+
+impl Brain {
+    /// Our durable record, as the first message. `staged` only as a listener.
+    pub(super) fn our_hello(&self, staged: Vec<wire::SequenceRange>) -> Hello {
+        let record = self.parts.site.record();
+        let (handover, nonce) = convert::role_ids(record);
+        let committed = match (&self.source, &self.target) {
+            (Some(source), _) => source.primary.base(),
+            (None, Some(target)) => target.committed(),
+            (None, None) => record.base,
+        };
+        Hello {
+            protocol_min: PROTOCOL_MIN,
+            protocol_max: PROTOCOL_MAX,
+            pair: convert::bytes(&record.pair),
+            site: convert::bytes(&record.site),
+            epoch: Some(convert::wire_epoch(record.epoch)),
+            floor: record.floor,
+            role: record.role.tag(),
+            handover: convert::bytes(&handover),
+            nonce: convert::bytes(&nonce),
+            starts: record.starts,
+            session: self.parts.session.0,
+            disks: record.disks.iter().map(|d| wire::Disk { name: d.name.clone(), size_bytes: d.size_bytes }).collect(),
+            committed: Some(convert::wire_generation(committed)),
+            staged,
+            virgin: self.target.as_ref().is_some_and(|t| t.is_virgin()),
+            identity: convert::bytes(&record.identity),
+            baseline: String::new(),
+        }
+    }
+
+    /// Why we cannot talk to whoever says this, with found, expected and remedy.
+    fn unacceptable(&self, hello: &Hello) -> Option<(&'static str, String)> {
+        let record = self.parts.site.record();
+        if hello.pair[..] != record.pair {
+            return Some(("OtherPair", "the peer belongs to another pair: check pair.id in both configurations".into()));
+        }
+        if hello.site[..] == record.site {
+            let text = "the peer's folder is a copy of this one: each site needs a folder of its own";
+            return Some(("SameFolder", text.into()));
+        }
+        if hello.protocol_min > PROTOCOL_MAX || hello.protocol_max < PROTOCOL_MIN {
+            let text = format!(
+                "the peer speaks protocol {} to {}, this sidecar {PROTOCOL_MIN} to {PROTOCOL_MAX}: upgrade the older one",
+                hello.protocol_min, hello.protocol_max
+            );
+            return Some(("ProtocolTooOld", text));
+        }
+        let mine: Vec<_> = record.disks.iter().map(|d| (d.name.as_str(), d.size_bytes)).collect();
+        let theirs: Vec<_> = hello.disks.iter().map(|d| (d.name.as_str(), d.size_bytes)).collect();
+        (mine != theirs).then(|| {
+            let text = format!(
+                "the sites do not have the same disks: found {theirs:?} at the peer, {mine:?} here (name, bytes); make the lists in both \
+                 configurations equal and the target's disks as large as the source's"
+            );
+            ("DisksDiffer", text)
+        })
+    }
+
+    pub(super) fn link_opened(
+        &mut self,
+        id: LinkId,
+        peer: String,
+        hello: &Hello,
+        control: ControlSender,
+        data: Option<DataPool>,
+    ) {
+        if let Some((reason, text)) = self.unacceptable(hello) {
+            self.conditions.set("PeerRefused", reason, &text, "correct the configuration named in the message");
+            let refused = Refused { reason: reason.into(), text };
+            let _ = control.send(message(Body::Refused(refused)));
+            return;
+        }
+        let Ok(met) = convert::peer(hello) else {
+            let text = format!("the peer is in a role (number {}) that this version does not know: upgrade it", hello.role);
+            self.conditions.set("PeerRefused", "UnknownRole", &text, "upgrade this sidecar");
+            return;
+        };
+        self.conditions.clear("PeerRefused");
+        // Of two connections the newer one stays, unless an older epoch dials into an established one.
+        if self.link.is_some() {
+            self.drop_link();
+        }
+        let record = self.parts.site.record();
+        let same_history = record.identity != [0; 16] && hello.identity[..] == record.identity;
+        self.link = Some(Link { id, peer, control: control.clone(), rtt_millis: 0.0, same_history });
+        self.reconnects += 1;
+        let takes_frames = matches!(met.role, PeerRole::Replica | PeerRole::Voided { .. });
+        self.apply(handover::Event::Met { peer: met, activation: ActivationId(random_id()) });
+        match data {
+            Some(data) => self.met_as_dialer(hello, control, data, takes_frames, same_history),
+            None => self.met_as_listener(hello),
+        }
+    }
+
+    fn met_as_dialer(&mut self, hello: &Hello, control: ControlSender, data: DataPool, takes_frames: bool, same: bool) {
+        let record = self.parts.site.record();
+        if !record.role.is_active_side() || !takes_frames {
+            let fenced = hello.role == 8 || hello.role == 7;
+            if fenced {
+                let text = "the peer was active before and holds writes of its own";
+                self.conditions.set("PeerFenced", "Divergence", text, "at the peer: `watari-sidecar ctl accept-divergence` lets them be overwritten");
+            }
+            self.parts.post_later(Duration::from_secs(1));
+            return;
+        }
+        self.conditions.clear("PeerFenced");
+        if let Some(source) = &mut self.source {
+            source.link_up(unix_millis(), hello, control, data, same);
+        }
+    }
+
+    fn met_as_listener(&mut self, hello: &Hello) {
+        let receives = self.parts.site.record().role.receives();
+        let mut staged = Vec::new();
+        if receives {
+            if self.target.is_none() {
+                self.open_target();
+            }
+            if let Some(target) = &mut self.target {
+                let epoch = convert::epoch(hello.epoch.clone()).counter;
+                if let Err(error) = target.begin_session(hello.session, epoch) {
+                    tracing::warn!(%error, "this side cannot take the peer's frames");
+                }
+                staged = target.staged(hello.session);
+            }
+        }
+        let mut reply = self.our_hello(staged);
+        // A listener says whose staging it holds, and whether the images can still be believed empty.
+        reply.session = hello.session;
+        self.frames.clear();
+        if let Some(link) = &self.link {
+            let _ = link.control.send(message(Body::Hello(reply)));
+            self.parts.remote.link(Some(link.control.clone()));
+        }
+        for disk in self.parts.disks.iter() {
+            disk.release();
+        }
+    }
+
+    fn drop_link(&mut self) {
+        self.link = None;
+        self.parts.remote.link(None);
+        if let Some(source) = &mut self.source {
+            source.link_down();
+        }
+        self.apply(handover::Event::Parted);
+    }
+
+    pub(super) fn link_closed(&mut self, id: LinkId, reason: &str) {
+        if self.link.as_ref().is_some_and(|l| l.id == id) {
+            tracing::info!(reason, "link closed");
+            self.last_link_error = reason.to_owned();
+            self.parts.signals.source_left.store(false, SeqCst);
+            self.drop_link();
+        }
+    }
+
+    pub(super) fn link_message(&mut self, id: LinkId, m: ControlMessage) {
+        let Some(link) = self.link.as_mut().filter(|l| l.id == id) else { return };
+        let Some(body) = m.body else { return };
+        let now = unix_millis();
+        match body {
+            Body::Hello(_) => tracing::warn!("a second Hello on one link is ignored"),
+            Body::Heartbeat(beat) if beat.reply => {
+                let rtt = now.saturating_sub(beat.unix_millis) as f64;
+                link.rtt_millis = if link.rtt_millis == 0.0 { rtt } else { link.rtt_millis * 0.8 + rtt * 0.2 };
+            }
+            Body::Heartbeat(beat) => {
+                let _ = link.control.send(message(Body::Heartbeat(Heartbeat { reply: true, ..beat })));
+            }
+            Body::Refused(refused) => {
+                self.conditions.set("PeerRefused", &refused.reason, &refused.text, "correct what the peer names");
+            }
+            Body::Handover(h) => self.handover_message(&h),
+            Body::ReadRequest(read) => self.serve_read(&read),
+            Body::ReadReply(reply) => self.parts.remote.reply(reply),
+            Body::CommitPart(part) => {
+                if let Some(answer) = self.target.as_mut().and_then(|t| t.commit_part(&part)) {
+                    let _ = link.control.send(message(answer));
+                }
+            }
+            Body::DigestRequest(request) => {
+                if let Some(target) = &mut self.target {
+                    let _ = link.control.send(message(target.digests(&request)));
+                }
+            }
+            Body::Baseline(baseline) => {
+                let identity = convert::id(&baseline.identity);
+                let base = convert::generation(baseline.generation.unwrap_or_default());
+                if self.target.is_some() && self.parts.site.record().identity != identity {
+                    let action = self.parts.site.amend(|r| {
+                        r.identity = identity;
+                        r.base = base;
+                    });
+                    self.perform(vec![action]);
+                }
+            }
+            Body::CommitResult(result) => {
+                if let Some(source) = &mut self.source {
+                    source.commit_result(now, &result);
+                }
+            }
+            Body::Durable(durable) => {
+                if let Some(source) = &mut self.source {
+                    let ranges: Vec<_> = durable.ranges.iter().map(|r| (r.first, r.last)).collect();
+                    source.durable(now, durable.session, &ranges);
+                }
+            }
+            Body::DigestReply(reply) => {
+                if let Some(source) = &self.source {
+                    source.digests.answer(reply.id, &reply.digests);
+                }
+            }
+            Body::TargetState(state) => {
+                if let Some(source) = &mut self.source {
+                    source.peer_full.clone_from(&state.full);
+                    source.primary.block(!state.full.is_empty());
+                }
+            }
+            Body::Divergence(_) => {}
+        }
+    }
+
+    fn handover_message(&mut self, h: &wire::Handover) {
+        use wire::handover::Kind;
+        match h.kind() {
+            Kind::QemuLeft => self.parts.signals.source_left.store(true, SeqCst),
+            Kind::Void | Kind::Voided | Kind::Activated => self.parts.signals.source_left.store(false, SeqCst),
+            _ => {}
+        }
+        if let Some(m) = convert::from_handover(h) {
+            self.apply(handover::Event::Received(m, ActivationId(random_id())));
+        }
+    }
+
+    /// A read of the peer's attached guest: from our disk as it is now.
+    fn serve_read(&self, read: &wire::ReadRequest) {
+        let Some(link) = &self.link else { return };
+        let mut reply = ReadReply { id: read.id, ..ReadReply::default() };
+        let active = self.parts.site.record().role.is_active_side()
+            || matches!(self.parts.site.record().role, Role::Released { .. });
+        match self.parts.disks.get(read.disk as usize).map(|d| d.local().file()) {
+            Some(file) if active && read.length as u64 <= limits::REMOTE_READ_BYTES_MAX && read.offset.saturating_add(u64::from(read.length)) <= file.size_bytes() => {
+                let mut data = vec![0; read.length as usize];
+                match file.read_at(read.offset, &mut data) {
+                    Ok(()) => reply.data = data.into(),
+                    Err(_) => reply.errno = 5,
+                }
+            }
+            _ => reply.errno = 5,
+        }
+        let _ = link.control.send(message(Body::ReadReply(reply)));
+    }
+
+    pub(super) fn beat(&self) {
+        if let Some(link) = &self.link {
+            let beat = Heartbeat { id: 0, reply: false, unix_millis: unix_millis() };
+            let _ = link.control.send(message(Body::Heartbeat(beat)));
+        }
+    }
+}
+
+impl Parts {
+    /// Break the link after a pause, so that the dialer asks again how things are at the peer.
+    fn post_later(&self, pause: Duration) {
+        let dial = self.dial.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(pause);
+            if *dial.borrow() {
+                dial.send_replace(false);
+                std::thread::sleep(Duration::from_millis(50));
+                dial.send_replace(true);
+            }
+        });
+    }
+}

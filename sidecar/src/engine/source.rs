@@ -1,0 +1,576 @@
+//! Source duty: what the active side does beside serving the guest. Drives [`Primary`]; reads and frame building run on
+//! reader threads; commits, acknowledgements and the books are the core's.
+//!
+//! Invariants: **I5** marks and regions are forgotten only in [`Source::disks_synced`]; **I8** nothing here is waited for
+//! by the guest. It does not decide roles and owns no connection: the brain brings both.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex, PoisonError, atomic::Ordering::SeqCst},
+    thread,
+    time::Duration,
+};
+
+use watari_core::{
+    geometry::{BLOCK_BYTES, Block, DiskIndex, Extent, Generation, GenerationNumber, Sequence, Session, blocks_for},
+    handover::Message,
+    primary::{Limits, Phase, Primary, Read, Step},
+    replica::list::Entry,
+};
+use watari_wire::replication::{
+    CommitPart, CommitResult, DigestRequest, Hello, commit_result::Outcome, control_message::Body,
+};
+
+use super::{
+    build::{self, BuildError, Naming, OutFrame, PeerDigests},
+    convert,
+    event::{ControlSender, Event},
+    gate::GateDisk,
+    stream::{DataPool, Post, message},
+    tracking::Shared,
+};
+
+/// Threads that read, hash and compress. More do not help two cores; one would leave the disk idle while it compresses.
+const READERS: usize = 2;
+/// Most reads handed out and not yet built, beside the window.
+const READS_MAX: usize = 8;
+/// How long a reader waits for the peer's digests before it sends the content instead.
+const DIGEST_WAIT: Duration = Duration::from_secs(20);
+/// Entries of a commit list per message: 5000 × 54 bytes and their bitmaps stay far below a message's limit.
+const ENTRIES_PER_PART: usize = 5000;
+/// Blocks whose need for comparing is remembered together (one frame's worth).
+const COMPARE_BLOCKS: u64 = 256;
+
+/// The peer's digests, asked for by readers and answered through the brain.
+#[derive(Default)]
+pub struct DigestBook {
+    inner: Mutex<DigestInner>,
+    answered: Condvar,
+}
+
+#[derive(Default)]
+struct DigestInner {
+    control: Option<ControlSender>,
+    next: u64,
+    answers: HashMap<u64, Option<Vec<u8>>>,
+}
+
+impl DigestBook {
+    fn lock(&self) -> std::sync::MutexGuard<'_, DigestInner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn link(&self, control: Option<ControlSender>) {
+        let mut inner = self.lock();
+        inner.control = control;
+        inner.answers.values_mut().for_each(|a| *a = Some(Vec::new()));
+        self.answered.notify_all();
+    }
+
+    pub fn answer(&self, id: u64, digests: &[u8]) {
+        let mut inner = self.lock();
+        if let Some(answer) = inner.answers.get_mut(&id) {
+            *answer = Some(digests.to_vec());
+            self.answered.notify_all();
+        }
+    }
+
+    /// Digests of one extent at the peer; empty when there is no answer.
+    pub fn ask(&self, disk: DiskIndex, extent: Extent, out: &mut PeerDigests) {
+        let mut inner = self.lock();
+        let Some(control) = inner.control.clone() else { return };
+        inner.next += 1;
+        let id = inner.next;
+        inner.answers.insert(id, None);
+        let request = DigestRequest {
+            id,
+            disk: u32::from(disk.0),
+            start_block: extent.start.0,
+            blocks: extent.blocks,
+            granularity: 1,
+        };
+        if control.send(message(Body::DigestRequest(request))).is_err() {
+            inner.answers.remove(&id);
+            return;
+        }
+        let waited = self.answered.wait_timeout_while(inner, DIGEST_WAIT, |i| i.answers.get(&id) == Some(&None));
+        let (mut inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if let Some(Some(answer)) = inner.answers.remove(&id) {
+            let blocks = (extent.start.0..extent.end().0).map(Block);
+            out.extend(blocks.zip(answer.as_chunks::<16>().0.iter().copied()));
+        }
+    }
+}
+
+enum Job {
+    Frozen { read: Read, cut: u64, compare: bool },
+    Current { read: Read, compare: bool },
+    Preserved { read: Read },
+}
+
+/// Reader threads and their queue.
+struct Readers {
+    queue: Arc<(Mutex<(VecDeque<(Job, Naming)>, bool)>, Condvar)>,
+}
+
+impl Readers {
+    fn start(shared: &Arc<Shared>, disks: &Arc<Vec<GateDisk>>, digests: &Arc<DigestBook>, post: &Post) -> Self {
+        let queue: Arc<(Mutex<(VecDeque<(Job, Naming)>, bool)>, Condvar)> = Arc::default();
+        for n in 0..READERS {
+            let (queue, shared, disks) = (queue.clone(), shared.clone(), disks.clone());
+            let (digests, post) = (digests.clone(), post.clone());
+            let work = move || {
+                loop {
+                    let mut state = queue.0.lock().unwrap_or_else(PoisonError::into_inner);
+                    let (job, naming) = loop {
+                        if state.1 {
+                            return;
+                        }
+                        match state.0.pop_front() {
+                            Some(job) => break job,
+                            None => state = queue.1.wait(state).unwrap_or_else(PoisonError::into_inner),
+                        }
+                    };
+                    drop(state);
+                    let (read, frames) = run(&shared, &disks, &digests, job, naming);
+                    post(Event::Built { read, frames });
+                }
+            };
+            let spawned = thread::Builder::new().name(format!("reader-{n}")).spawn(work);
+            spawned.map(drop).expect("a thread at start: without it nothing can be sent");
+        }
+        Readers { queue }
+    }
+
+    fn push(&self, job: Job, naming: Naming) {
+        self.queue.0.lock().unwrap_or_else(PoisonError::into_inner).0.push_back((job, naming));
+        self.queue.1.notify_one();
+    }
+}
+
+impl Drop for Readers {
+    fn drop(&mut self) {
+        self.queue.0.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        self.queue.1.notify_all();
+    }
+}
+
+fn run(
+    shared: &Shared,
+    disks: &[GateDisk],
+    digests: &DigestBook,
+    job: Job,
+    naming: Naming,
+) -> (Sequence, Result<Vec<OutFrame>, BuildError>) {
+    let compared = |read: &Read, compare: bool| {
+        let mut peer = PeerDigests::new();
+        if compare {
+            read.extents.iter().for_each(|e| digests.ask(read.disk, *e, &mut peer));
+        }
+        peer
+    };
+    match job {
+        Job::Frozen { read, cut, compare } => {
+            let peer = compared(&read, compare);
+            let file = disks[usize::from(read.disk.0)].local().file();
+            (read.sequence, build::frozen(shared, file, &read, cut, naming, &peer))
+        }
+        Job::Current { read, compare } => {
+            let peer = compared(&read, compare);
+            let file = disks[usize::from(read.disk.0)].local().file();
+            let frames = build::current(shared, file, &read, naming, &peer);
+            if frames.is_err() {
+                // Nothing of it was sent: it is as dirty as before.
+                read.extents.iter().for_each(|e| shared.tracker.mark(read.disk, *e));
+            }
+            (read.sequence, frames)
+        }
+        Job::Preserved { read } => (read.sequence, build::preserved(shared, read.sequence, naming)),
+    }
+}
+
+/// Why a first or full synchronisation is needed, in words for people (I9).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FullCompare(pub String);
+
+/// See the module's header.
+pub struct Source {
+    pub primary: Primary,
+    shared: Arc<Shared>,
+    disks: Arc<Vec<GateDisk>>,
+    readers: Readers,
+    pub digests: Arc<DigestBook>,
+    post: Post,
+    /// Frames that are not durable at the peer yet, to be sent again as they are.
+    kept: HashMap<Sequence, OutFrame>,
+    /// (disk, block / COMPARE_BLOCKS) whose blocks are compared by digest before they are sent.
+    compare: BTreeSet<(DiskIndex, u64)>,
+    link: Option<(ControlSender, DataPool)>,
+    reads: usize,
+    /// Generations that somebody waits for, with the number they want committed.
+    remainder_told: Option<Generation>,
+    pub level: Option<i32>,
+    folder: PathBuf,
+    epoch: u64,
+    session: Session,
+    pub full_compare: Option<FullCompare>,
+    /// Wake-up that `poll` asked for.
+    pub wait_until_millis: u64,
+    pub peer_full: String,
+}
+
+/// What the source begins from.
+pub struct Begin {
+    pub limits: Limits,
+    pub epoch: u64,
+    pub session: Session,
+    pub base: Generation,
+    pub next_number: GenerationNumber,
+    pub numbers_reserved: GenerationNumber,
+    pub folder: PathBuf,
+    pub level: Option<i32>,
+}
+
+/// What the brain must do after a step of the source.
+#[derive(Debug, PartialEq)]
+pub enum Asked {
+    Nothing,
+    /// Reserve generation numbers durably, then call [`Source::reserved`].
+    Numbers,
+    /// Sealed: everything is committed or on its way as this generation.
+    Remainder(Generation),
+}
+
+impl Source {
+    pub fn new(begin: Begin, shared: Arc<Shared>, disks: Arc<Vec<GateDisk>>, post: Post) -> Self {
+        let Begin { limits, epoch, session, base, next_number, numbers_reserved, folder, level } = begin;
+        let digests: Arc<DigestBook> = Arc::default();
+        let readers = Readers::start(&shared, &disks, &digests, &post);
+        Source {
+            primary: Primary::new(limits, epoch, session, base, next_number, numbers_reserved),
+            shared,
+            disks,
+            readers,
+            digests,
+            post,
+            kept: HashMap::new(),
+            compare: BTreeSet::new(),
+            link: None,
+            reads: 0,
+            remainder_told: None,
+            level,
+            folder,
+            epoch,
+            session,
+            full_compare: None,
+            wait_until_millis: 0,
+            peer_full: String::new(),
+        }
+    }
+
+    fn naming(&self) -> Naming {
+        Naming { epoch: self.epoch, session: self.session, level: self.level }
+    }
+
+    pub fn session(&self) -> Session {
+        self.session
+    }
+
+    pub fn folder(&self) -> &PathBuf {
+        &self.folder
+    }
+
+    /// Everything may differ: mark it all and compare by digest before sending.
+    pub fn compare_everything(&mut self, why: &str) {
+        for disk in self.shared.tracker.disk_indices() {
+            let blocks = blocks_for(self.disks[usize::from(disk.0)].local().file().size_bytes());
+            self.must_compare(disk, 0, blocks);
+        }
+        self.full_compare = Some(FullCompare(why.to_owned()));
+    }
+
+    /// These blocks may differ.
+    pub fn must_compare(&mut self, disk: DiskIndex, first: u64, blocks: u64) {
+        self.mark_blocks(disk, first, blocks);
+        self.compare.extend((first / COMPARE_BLOCKS..(first + blocks).div_ceil(COMPARE_BLOCKS)).map(|c| (disk, c)));
+    }
+
+    fn mark_blocks(&self, disk: DiskIndex, first: u64, blocks: u64) {
+        let (mut at, end) = (first, first + blocks);
+        while at < end {
+            let n = (end - at).min(1 << 15);
+            if self.shared.tracker.maps().ensure_range(disk, Block(at), Block(at + n - 1)).is_err() {
+                self.shared.give_up.store(true, SeqCst);
+                self.shared.tracker.maps().facts().set_untracked(true);
+                return;
+            }
+            self.shared.tracker.mark(disk, Extent::new(at, n as u32));
+            at += n;
+        }
+    }
+
+    /// The peer has empty images that never had a commit: only what is allocated here needs to cross.
+    fn mark_allocated(&mut self) {
+        for disk in self.shared.tracker.disk_indices() {
+            let file = self.disks[usize::from(disk.0)].local().file();
+            let (mut offset, size) = (0, file.size_bytes());
+            while offset < size {
+                let runs = file.allocation(offset, size - offset).unwrap_or_default();
+                if runs.is_empty() {
+                    // Cannot say: all of the rest.
+                    self.mark_blocks(disk, offset / BLOCK_BYTES, blocks_for(size) - offset / BLOCK_BYTES);
+                    break;
+                }
+                for run in runs {
+                    if !run.hole {
+                        let (first, end) = (offset / BLOCK_BYTES, blocks_for(offset + run.length));
+                        self.mark_blocks(disk, first, end - first);
+                    }
+                    offset += run.length;
+                }
+            }
+        }
+    }
+
+    /// A link stands and its peer takes our frames.
+    pub fn link_up(&mut self, now: u64, hello: &Hello, control: ControlSender, data: DataPool, same_history: bool) {
+        let committed = convert::generation(hello.committed.unwrap_or_default());
+        let base = self.primary.base();
+        let (shared, kept) = (self.shared.clone(), &self.kept);
+        let resumed = hello.session == self.session.0 && hello.session != 0;
+        let staged = &hello.staged;
+        let held = |s: Sequence| staged.iter().any(|r| r.first <= s.0 && s.0 <= r.last);
+        let held: Option<&dyn Fn(Sequence) -> bool> = if resumed { Some(&held) } else { None };
+        self.primary.link_up(now, &shared.tracker, held, committed, &|s| kept.contains_key(&s));
+        let awaited = matches!(self.primary.phase(), Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } if *generation == committed);
+        if hello.virgin {
+            if !resumed {
+                // Nothing is there: neither what we marked as known nor what we sent before.
+                self.compare.clear();
+                self.mark_allocated();
+                if base != Generation::default() {
+                    self.full_compare = Some(FullCompare("the peer's replica is new and empty".into()));
+                }
+            }
+        } else if !same_history {
+            self.compare_everything("the two sites share no common history");
+        } else if committed.number < base.number && !awaited {
+            self.compare_everything("the peer's folder is behind what it had committed: restored from an old copy?");
+        } else if committed != base && !awaited {
+            // It committed and the word of it was lost with our former worker: our marks cover more, never less.
+            self.primary.rebase(committed);
+        }
+        self.digests.link(Some(control.clone()));
+        self.remainder_told = None;
+        self.link = Some((control, data));
+    }
+
+    pub fn link_down(&mut self) {
+        self.primary.link_down();
+        self.digests.link(None);
+        self.link = None;
+    }
+
+    pub fn linked(&self) -> bool {
+        self.link.is_some()
+    }
+
+    pub fn send(&self, body: Body) {
+        if let Some((control, _)) = &self.link {
+            // A closed link is reported by itself.
+            let _ = control.send(message(body));
+        }
+    }
+
+    pub fn send_handover(&self, m: &Message) {
+        self.send(Body::Handover(convert::handover(m)));
+    }
+
+    pub fn reserved(&mut self, until: GenerationNumber) {
+        self.primary.numbers_reserved(until);
+    }
+
+    /// A read became frames.
+    pub fn built(&mut self, now: u64, read: Sequence, frames: Result<Vec<OutFrame>, BuildError>) {
+        self.reads -= 1;
+        match frames {
+            Ok(frames) => {
+                let headers: Vec<_> = frames.iter().map(|f| f.header.clone()).collect();
+                self.primary.frames_built(now, read, &headers);
+                for frame in frames {
+                    if let Some((_, data)) = &self.link {
+                        data.send(&frame);
+                    }
+                    self.kept.insert(frame.header.sequence, frame);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a read for the peer failed");
+                self.primary.frames_built(now, read, &[]);
+                if matches!(error, BuildError::Lost) {
+                    self.shared.give_up.store(true, SeqCst);
+                }
+            }
+        }
+    }
+
+    pub fn durable(&mut self, now: u64, session: u64, ranges: &[(u64, u64)]) {
+        if session != self.session.0 {
+            return;
+        }
+        for (first, last) in ranges {
+            self.primary.durable(now, Sequence(*first), Sequence(*last));
+        }
+        let primary = &self.primary;
+        self.kept.retain(|s, _| primary.needs_payload(*s));
+    }
+
+    pub fn commit_result(&mut self, now: u64, result: &CommitResult) {
+        let generation = convert::generation(result.generation.unwrap_or_default());
+        match result.outcome() {
+            Outcome::Committed => self.primary.committed(now, generation),
+            Outcome::Lacks => {
+                let missing: Vec<Sequence> =
+                    result.lacks.iter().flat_map(|r| r.first..=r.last).map(Sequence).collect();
+                let kept = &self.kept;
+                self.primary.lacks(&self.shared.tracker, generation, &missing, &|s| kept.contains_key(&s));
+            }
+            Outcome::Conflict | Outcome::Unknown => {
+                tracing::error!(text = result.text, "the target refuses the commit: everything will be compared");
+                self.give_up();
+                self.compare_everything("the target refused a commit as conflicting");
+            }
+            Outcome::Full => self.peer_full.clone_from(&result.text),
+        }
+    }
+
+    /// After the fdatasync that follows a commit: marks and cold regions are forgotten (I5).
+    pub fn disks_synced(&mut self) {
+        self.primary.forget(&self.shared.tracker);
+        self.kept.clear();
+        if self.shared.tracker.current_blocks() == 0 && self.shared.tracker.staged_blocks() == 0 {
+            self.compare.clear();
+            self.full_compare = None;
+        }
+        let tracker = &self.shared.tracker;
+        let (cold, _) = self.shared.regions.sweep();
+        if !cold.is_empty() {
+            // With the gate closed no write is between its look at the log and its mark.
+            tracker.with_gate_closed(|| {
+                self.shared.regions.forget(&cold, |disk, first, last| !tracker.any_mark(disk, first, last))
+            });
+        }
+    }
+
+    pub fn give_up(&mut self) {
+        self.primary.abandon(&self.shared.tracker);
+        self.shared.preserve.clear();
+    }
+
+    /// Do everything that can be done now.
+    pub fn pump(&mut self, now: u64) -> Asked {
+        if self.shared.give_up.swap(false, SeqCst) {
+            tracing::info!("the open generation is given up; what was sent stays useful");
+            self.give_up();
+        }
+        if self.shared.untracked() {
+            self.wait_until_millis = u64::MAX;
+            return Asked::Nothing;
+        }
+        loop {
+            let preserved = self.shared.preserve.blocks();
+            if self.reads >= READS_MAX && !matches!(self.primary.phase(), Phase::Committing { .. } | Phase::Forgetting { .. }) {
+                break;
+            }
+            match self.primary.poll(now, &self.shared.tracker, preserved) {
+                Step::Cut { generation } => {
+                    let cut = self.shared.tracker.cut();
+                    self.primary.cut_made(now, &self.shared.tracker, generation, cut);
+                    tracing::debug!(%generation, blocks = self.shared.tracker.frozen_blocks(), "cut");
+                }
+                Step::ReadFrozen { read, cut } => {
+                    let compare = self.needs_compare(&read);
+                    self.push(Job::Frozen { read, cut, compare });
+                }
+                Step::ReadCurrent { read } => {
+                    let compare = self.needs_compare(&read);
+                    self.push(Job::Current { read, compare });
+                }
+                Step::SendPreserved { read } => self.push(Job::Preserved { read }),
+                Step::Resend(sequence) => {
+                    if let (Some(frame), Some((_, data))) = (self.kept.get(&sequence), &self.link) {
+                        data.send(frame);
+                    }
+                }
+                Step::Commit { list, cut_at_millis } => {
+                    self.send_list(&list.generation, &list.parent, &list.entries, list.root, cut_at_millis);
+                }
+                Step::SyncDisks => self.sync_disks(),
+                Step::Wait { until_millis } => {
+                    self.wait_until_millis = until_millis;
+                    break;
+                }
+            }
+        }
+        if self.primary.wants_numbers() {
+            return Asked::Numbers;
+        }
+        let dirty = self.shared.tracker.current_blocks() + self.shared.tracker.frozen_blocks() + preserved_now(&self.shared);
+        if self.shared.tracker.is_sealed()
+            && self.shared.tracker.writes_in_flight() == 0
+            && let Some(generation) = self.primary.remainder(dirty)
+            && self.remainder_told != Some(generation)
+        {
+            self.remainder_told = Some(generation);
+            return Asked::Remainder(generation);
+        }
+        Asked::Nothing
+    }
+
+    fn needs_compare(&self, read: &Read) -> bool {
+        let (first, last) = match (read.extents.first(), read.extents.last()) {
+            (Some(f), Some(l)) => (f.start.0 / COMPARE_BLOCKS, (l.end().0 - 1) / COMPARE_BLOCKS),
+            _ => return false,
+        };
+        self.compare.range((read.disk, first)..=(read.disk, last)).next().is_some()
+    }
+
+    fn push(&mut self, job: Job) {
+        self.reads += 1;
+        self.readers.push(job, self.naming());
+    }
+
+    fn send_list(&self, generation: &Generation, parent: &Generation, entries: &[Entry], root: [u8; 32], cut_at: u64) {
+        let chunks: Vec<&[Entry]> = if entries.is_empty() { vec![&[]] } else { entries.chunks(ENTRIES_PER_PART).collect() };
+        let count = chunks.len();
+        for (i, chunk) in chunks.into_iter().enumerate() {
+            let mut bytes = Vec::new();
+            chunk.iter().for_each(|e| e.encode(&mut bytes));
+            let last = i + 1 == count;
+            self.send(Body::CommitPart(CommitPart {
+                generation: Some(convert::wire_generation(*generation)),
+                parent: Some(convert::wire_generation(*parent)),
+                entries: bytes.into(),
+                last,
+                root: if last { root.to_vec().into() } else { bytes::Bytes::new() },
+                cut_unix_millis: cut_at,
+            }));
+        }
+    }
+
+    fn sync_disks(&self) {
+        let (disks, post) = (self.disks.clone(), self.post.clone());
+        let work = move || {
+            let result = disks.iter().try_for_each(|d| d.local().file().flush());
+            post(Event::DisksSynced(result.map_err(|e| format!("{e:?}"))));
+        };
+        if let Err(error) = thread::Builder::new().name("sync".into()).spawn(work) {
+            (self.post)(Event::DisksSynced(Err(error.to_string())));
+        }
+    }
+}
+
+fn preserved_now(shared: &Shared) -> u64 {
+    shared.preserve.blocks()
+}
