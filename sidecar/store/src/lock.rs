@@ -2,12 +2,15 @@
 //!
 //! The kernel gives the lock back when its holder ends, however it ends, so a `kill -9` never leaves a folder locked.
 //! The record only names the holder to whoever is refused; it decides nothing. Asking a holder to release is done
-//! elsewhere (control API). On RWX claims the lock is as good as the file system's flock (NFS 4 and CephFS have one
+//! elsewhere (control API). The supervisor may take the lock and let its workers inherit it ([`FolderLock::share`]): then a
+//! worker that restarts while the folder hangs need not touch it, and a killed supervisor leaves the lock to its worker.
+//! On RWX claims the lock is as good as the file system's flock (NFS 4 and CephFS have one
 //! across nodes); epochs, not this lock, keep two sites apart.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -92,6 +95,8 @@ pub struct FolderLock {
     file: File,
     folder: PathBuf,
     owner: Owner,
+    /// Empty the record when dropped: not when the lock was inherited, since its first holder goes on holding it.
+    clears: bool,
 }
 
 impl FolderLock {
@@ -128,7 +133,29 @@ impl FolderLock {
         let owner = Owner::this_process(role);
         file.set_len(0)?;
         file.write_all_at(owner.encode().as_bytes(), 0)?;
-        Ok(Ok(FolderLock { file, folder: folder.into(), owner }))
+        Ok(Ok(FolderLock { file, folder: folder.into(), owner, clears: true }))
+    }
+
+    /// A descriptor of this lock for one child process: hand it over as the child's standard input
+    /// (`Command::stdin(lock.share()?)`), the one way that leaks it to no other child that is started meanwhile. The
+    /// folder stays locked until every holder has ended.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
+    }
+
+    /// Take part in a lock that this process inherited through [`FolderLock::share`], usually
+    /// `io::stdin().as_fd().try_clone_to_owned()?`. Does not open or read anything in
+    /// the folder. `Err(Held)` if the descriptor is not, or not any more, the one that holds the lock.
+    pub fn inherit(shared: OwnedFd, folder: &Path, role: &str) -> Result<FolderLock, LockError> {
+        let failed = |source| LockError::Io { folder: folder.into(), source };
+        // On a descriptor that holds the lock this is a no-op; on any other one it tries.
+        match flock(&shared, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(LockError::Held { folder: folder.into(), owner: None }),
+            Err(e) => return Err(failed(e.into())),
+        }
+        let owner = Owner::this_process(role);
+        Ok(FolderLock { file: File::from(shared), folder: folder.into(), owner, clears: false })
     }
 
     /// Who holds the folder now, for `inspect` and status; `None` when nobody does or it cannot be seen.
@@ -159,6 +186,8 @@ impl Drop for FolderLock {
     fn drop(&mut self) {
         // An empty record while it is still ours; the lock itself goes with the descriptor. If this fails the record
         // names a process that is gone, which only shows in an error text.
-        let _ = self.file.set_len(0);
+        if self.clears {
+            let _ = self.file.set_len(0);
+        }
     }
 }

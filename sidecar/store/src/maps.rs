@@ -19,7 +19,7 @@ mod mapping;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -135,7 +135,9 @@ impl MapMemory {
     /// Open the file of a former worker, or refuse it with the reason.
     pub fn open(folder: &Path, identity: &MapIdentity) -> Result<Result<MapMemory, MapRefused>, MapError> {
         let path = Self::path(folder, identity.pair);
-        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+        // Runtime folders such as /dev/shm are open to everybody: no links, no files of others (see `check`).
+        let no_links = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+        let file = match OpenOptions::new().read(true).write(true).custom_flags(no_links).open(&path) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Err(MapRefused::Missing)),
             Err(e) => return Err(MapError::Io(folder.into(), e)),
@@ -413,6 +415,10 @@ impl Maps for MapMemory {
 
 /// Refuse a file that is not this pair's map of this boot.
 fn check(file: &File, identity: &MapIdentity, plan: &Plan) -> Result<(), MapRefused> {
+    let owned = |m: &fs::Metadata| m.is_file() && m.uid() == rustix::process::geteuid().as_raw();
+    if !file.metadata().is_ok_and(|m| owned(&m)) {
+        return Err(MapRefused::Owner);
+    }
     let (found, leaf_bytes) = header::decode(file)?;
     if found.pair != identity.pair {
         return Err(MapRefused::Pair { found: found.pair, expected: identity.pair });

@@ -184,6 +184,21 @@ impl Shared {
     }
 }
 
+/// Run `work`, which may hang on the metadata folder, in a thread of its own for at most `limit`; `None` when it did not
+/// come back in time (the thread ends when the folder answers). For beginnings: reading the log and the trust record,
+/// [`FileMedium::create`] and `trust::begin_start` under a QEMU that waits for its restarted worker.
+pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (done, result) = std::sync::mpsc::sync_channel(1);
+    std::thread::Builder::new()
+        .name("metadata-folder".into())
+        .spawn(move || {
+            // Nobody waits any more when this fails.
+            let _ = done.send(work());
+        })
+        .ok()?;
+    result.recv_timeout(limit).ok()
+}
+
 /// The region log of one pair. All methods may be called from any thread.
 pub struct RegionLog {
     shared: Arc<Shared>,

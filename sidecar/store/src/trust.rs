@@ -157,7 +157,7 @@ pub fn check(record: &TrustRecord, disks: &[&File]) -> Verdict {
     for (index, (proof, disk)) in record.disks.iter().zip(disks).enumerate() {
         let checked = match record.phase {
             Phase::CleanStop => check_unwritten(proof, disk),
-            Phase::Serving => look(disk).and_then(|found| Ok(check_identity(proof, &found))),
+            Phase::Serving => look(disk).map(|found| check_identity(proof, &found)),
         };
         match checked {
             Ok(Ok(())) => {}

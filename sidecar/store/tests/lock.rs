@@ -1,5 +1,7 @@
 //! The folder's lock between real processes.
 
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -88,6 +90,41 @@ fn of_many_processes_exactly_one_holds_the_folder() {
             });
         }
     });
+}
+
+#[test]
+fn a_lock_that_a_child_inherits_outlives_the_parent_and_needs_no_folder() {
+    if let Some(folder) = std::env::var_os(CHILD_FOLDER).map(PathBuf::from) {
+        let shared = std::io::stdin().as_fd().try_clone_to_owned().expect("standard input");
+        let _lock = FolderLock::inherit(shared, &folder, "primary").expect("inherited");
+        println!("\nholding");
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+    let folder = tempfile::tempdir().expect("folder");
+    let parent = FolderLock::acquire(folder.path(), "supervisor", Duration::ZERO).expect("locked");
+    let mut command = Command::new(std::env::current_exe().expect("own path"));
+    command.args(["--exact", "a_lock_that_a_child_inherits_outlives_the_parent_and_needs_no_folder", "--nocapture"]);
+    // The folder's name is only for its errors: the child gets one that does not exist.
+    command.env(CHILD_FOLDER, folder.path().join("hung")).stdin(parent.share().expect("shared"));
+    let mut child = Reaped(command.stdout(Stdio::piped()).spawn().expect("child"));
+    drop(command);
+    let lines = BufReader::new(child.0.stdout.take().expect("piped")).lines();
+    assert!(lines.map_while(Result::ok).any(|line| line == "holding"), "the child holds the lock");
+    drop(parent);
+    assert!(FolderLock::acquire(folder.path(), "replica", Duration::ZERO).is_err(), "the child goes on holding");
+    drop(child);
+    FolderLock::acquire(folder.path(), "replica", Duration::ZERO).expect("free");
+}
+
+#[test]
+fn a_stale_descriptor_is_not_a_lock() {
+    let folder = tempfile::tempdir().expect("folder");
+    let _held = FolderLock::acquire(folder.path(), "primary", Duration::ZERO).expect("locked");
+    let stranger = std::fs::File::open(folder.path().join(LOCK_NAME)).expect("open");
+    let refused = FolderLock::inherit(stranger.into(), folder.path(), "primary");
+    assert!(matches!(refused, Err(LockError::Held { .. })));
 }
 
 #[test]

@@ -102,6 +102,13 @@ fn a_file_that_is_not_this_map_is_refused_with_the_reason() {
     assert_eq!(refused(&id), MapRefused::Missing);
     let (_, opened) = MapMemory::open_or_create(folder.path(), &id).expect("map");
     assert_eq!(opened, Opened::New(MapRefused::Missing));
+    // A file that another user laid there, and a link to one of ours.
+    std::os::unix::fs::chown(&path, Some(65_534), None).expect("tests run as root");
+    assert_eq!(refused(&id), MapRefused::Owner);
+    let elsewhere = folder.path().join("elsewhere");
+    std::fs::rename(&path, &elsewhere).expect("moved");
+    std::os::unix::fs::symlink(&elsewhere, &path).expect("link");
+    assert!(matches!(MapMemory::open(folder.path(), &id), Err(MapError::Io(..))), "links are not followed");
 }
 
 #[test]

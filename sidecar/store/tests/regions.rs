@@ -11,7 +11,7 @@ use watari_core::regions::log::{self, LogHeader};
 use watari_core::regions::{PairId, REGION_BLOCKS, REGION_BYTES, RegionLayout, RegionSet};
 use watari_store::regions::{
     FileMedium, LOG_NAME, LOG_WAIT, LOOK_AHEAD, LeaveError, LogUnusable, Logged, MarksProof, RegionLog, RegionMedium,
-    UntrackedReason, UntrackedSink, read_log,
+    UntrackedReason, UntrackedSink, read_log, within,
 };
 
 const PAIR: PairId = PairId([4; 16]);
@@ -300,6 +300,17 @@ fn missing_marks_are_not_healed_by_a_new_log_alone() {
     assert_eq!(f.log.leave_untracked(new(), 2, MarksProof::WereKept), Err(LeaveError::MarksIncomplete));
     assert!(f.log.is_untracked());
     f.log.leave_untracked(new(), 2, MarksProof::Rebuilt).expect("left");
+}
+
+#[test]
+fn a_beginning_that_hangs_costs_its_limit() {
+    let stuck = Arc::new(Behaviour { hangs: AtomicBool::new(true), ..Behaviour::default() });
+    let begin = Instant::now();
+    let waits = Arc::clone(&stuck);
+    assert_eq!(within(Duration::from_millis(100), move || waits.hang()), None);
+    assert!(begin.elapsed() < Duration::from_secs(1));
+    stuck.free();
+    assert_eq!(within(Duration::from_secs(5), || 7), Some(7));
 }
 
 #[test]

@@ -83,6 +83,8 @@ pub enum MapRefused {
     Boot,
     #[error("the map file is for disks of {found:?} bytes, the pair has {expected:?}")]
     Sizes { found: Vec<u64>, expected: Vec<u64> },
+    #[error("the map file belongs to another user")]
+    Owner,
     #[error("the map file was laid out for another page size")]
     Leaf,
 }
