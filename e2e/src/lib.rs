@@ -5,6 +5,7 @@ pub mod build;
 pub mod cpio;
 pub mod guest;
 pub mod image;
+pub mod libvirt;
 pub mod netns;
 pub mod process;
 pub mod qemu;
