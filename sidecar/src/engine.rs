@@ -15,6 +15,7 @@ pub mod event;
 pub mod folder;
 pub mod gate;
 pub mod handle;
+pub mod hooking;
 pub mod preserve;
 pub mod remote;
 pub mod source;

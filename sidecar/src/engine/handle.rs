@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 use watari_wire::report::Report;
 
 use super::{
+    brain::Signals,
     event::Event,
     steering::{Declined, Intent, IntentFuture, Steering},
     stream::Post,
@@ -16,6 +17,14 @@ use super::{
 pub struct Handle {
     pub post: Post,
     pub report: Arc<Mutex<Report>>,
+    pub signals: Arc<Signals>,
+}
+
+impl Handle {
+    /// A QEMU may attach here although this side does not serve.
+    pub fn attachable(&self) -> bool {
+        self.signals.attachable.load(std::sync::atomic::Ordering::SeqCst)
+    }
 }
 
 impl Steering for Handle {

@@ -117,6 +117,7 @@ pub struct Running {
     pub disks: Arc<Vec<GateDisk>>,
     pub connections: Arc<Connections>,
     pub throttle: Arc<Throttle>,
+    pub signals: Arc<Signals>,
     /// Set to stop listening.
     pub stop: watch::Sender<bool>,
     pub listening: std::net::SocketAddr,
@@ -198,7 +199,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         disks: disks.clone(),
         connections: connections.clone(),
         remote,
-        signals,
+        signals: signals.clone(),
         hello: hello.clone(),
         dial,
         throttle: throttle.clone(),
@@ -230,7 +231,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         hello,
         wanted,
     }));
-    Ok(Running { post, report, brain, servers, disks, connections, throttle, stop, listening })
+    Ok(Running { post, report, brain, servers, disks, connections, throttle, signals, stop, listening })
 }
 
 fn take_lock(config: &Config, front_end: bool) -> Result<FolderLock, StartError> {

@@ -1,0 +1,75 @@
+//! What the engine answers to KubeVirt's hooks: which disks, when a domain may be defined, when QEMU is gone.
+
+use std::sync::{Arc, PoisonError};
+
+use watari_hook::{Gate, HookConfig, HookEngine, HookServer, SyncedDisk, Vmi};
+
+use super::{event::Event, handle::Handle};
+use crate::config::{Config, Hook};
+
+/// See the module's header.
+pub struct Hooks {
+    config: Arc<Config>,
+    handle: Handle,
+}
+
+/// Serve the hook socket until the returned server is dropped.
+pub async fn start(config: &Arc<Config>, hook: &Hook, handle: Handle) -> Result<HookServer, String> {
+    let marker = hook.outside_kubernetes.then(|| config.nbd.dir.join("marker.img"));
+    let settings = HookConfig {
+        folder: hook.dir.clone(),
+        reconnect_seconds: watari_hook::RECONNECT_SECONDS_MIN,
+        marker,
+    };
+    let hooks = Arc::new(Hooks { config: config.clone(), handle });
+    HookServer::start(settings, hooks).await.map_err(|e| e.to_string())
+}
+
+impl HookEngine for Hooks {
+    async fn disks(&self) -> Vec<SyncedDisk> {
+        let disks = self.config.disks.iter().map(|d| SyncedDisk {
+            volume: d.name.clone(),
+            export: d.name.clone(),
+            socket: d.socket.display().to_string(),
+        });
+        disks.collect()
+    }
+
+    /// A boot needs the active side, a migration target an open handover that is nearly in sync.
+    async fn gate(&self, vmi: &Vmi) -> Gate {
+        let report = self.handle.report.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match (vmi.role(), report.role.as_str()) {
+            (watari_hook::LaunchRole::Boot, "Serving") => Gate::Ready,
+            (watari_hook::LaunchRole::Boot, "Converging") => {
+                Gate::Refused("Watari has a handover open for this VM: move it, or void the handover, before it boots".into())
+            }
+            (watari_hook::LaunchRole::Boot, role) => Gate::Refused(format!(
+                "Watari refuses to boot this VM here: this site is {role}; the VM is active at the peer, or must be promoted first"
+            )),
+            (watari_hook::LaunchRole::MigrationTarget, "Replica" | "Attached" | "Serving") => {
+                let attachable = self.handle.attachable();
+                if attachable {
+                    Gate::Ready
+                } else {
+                    Gate::NotYet("Watari waits for the source to open the handover of this VM's disks".into())
+                }
+            }
+            (watari_hook::LaunchRole::MigrationTarget, role) => {
+                Gate::NotYet(format!("Watari waits: this site is {role}, not a replica in sync"))
+            }
+        }
+    }
+
+    /// The sockets are served from the start of the worker on.
+    async fn prepare(&self, volume: &str) -> Result<(), String> {
+        match self.config.disk(volume) {
+            Some(_) => Ok(()),
+            None => Err(format!("volume {volume} is not one of this pair's disks")),
+        }
+    }
+
+    async fn shutdown(&self) {
+        tracing::info!("KubeVirt says that QEMU is gone");
+        (self.handle.post)(Event::Wake);
+    }
+}
