@@ -2,8 +2,14 @@
 
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod engine;
 pub mod identity;
+pub mod logging;
+pub mod metrics;
 pub mod pki;
+pub mod status;
+pub mod supervisor;
 pub mod throttle;
 pub mod tls;
+pub mod worker;
