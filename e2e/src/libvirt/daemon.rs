@@ -22,16 +22,17 @@ const OWN_FOLDERS: [(&str, &str); 4] =
 /// What libvirt found out about the installed QEMU: several seconds' work, the same for all sites and runs.
 const CACHE: &str = "/var/cache/libvirt";
 
-/// Mounts the site's folders over the machine's and becomes libvirtd. Arguments: folder, cache, host name.
+/// Mounts the site's folders over the machine's and becomes libvirtd. Arguments: folder, host name, cache, places
+/// (`own:place …`), the cache's place.
 const ENTER: &str = r#"
 set -e
-folder=$1 cache=$2 name=$3
+folder=$1 name=$2 cache=$3
 for place in $4; do
     mkdir -p "${place#*:}"
     mount --bind "$folder/${place%%:*}" "${place#*:}"
 done
-mkdir -p /var/cache/libvirt
-mount --bind "$cache" /var/cache/libvirt
+mkdir -p "$5"
+mount --bind "$cache" "$5"
 hostname "$name"
 exec libvirtd
 "#;
@@ -75,13 +76,13 @@ impl LibvirtSite {
             .netns(&site.netns)
             .args(["--mount", "--uts", "--propagation", "private", "--", "/bin/sh", "-c", ENTER, "watari-libvirtd"])
             .arg(&folder)
-            .arg(&cache)
             .arg(name)
+            .arg(&cache)
             .arg(places)
+            .arg(CACHE)
             .spawn()?;
         let netns = site.netns.path();
-        let mut started =
-            LibvirtSite { name: site.name.clone(), daemon, folder, netns, address: site.address };
+        let mut started = LibvirtSite { name: site.name.clone(), daemon, folder, netns, address: site.address };
         started.wait_for_answer()?;
         Ok(started)
     }

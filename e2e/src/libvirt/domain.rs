@@ -57,7 +57,8 @@ impl VirtualMachine {
         let Machine { memory_mib, cpus, disks, guest } = &self.machine;
         let settings: String = guest.iter().map(|setting| format!(" watari.{setting}")).collect();
         let append = format!("console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on{settings}");
-        let mut devices: String = disks.iter().zip('a'..='z').map(|(volume, letter)| data_disk(volume, letter)).collect();
+        let mut devices: String =
+            disks.iter().zip('a'..='z').map(|(volume, letter)| data_disk(volume, letter)).collect();
         if self.empty_disk {
             devices.push_str(&disk("watari-copyable", "qcow2", EMPTY_DISK, "sata", EMPTY_DISK_TARGET));
         }

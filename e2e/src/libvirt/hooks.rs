@@ -114,7 +114,8 @@ impl Hooks {
         mut define: impl FnMut(&str) -> Result<(), Error>,
     ) -> Result<String, Error> {
         let lose = |xml: &str| {
-            let what = |e| Error::Hook { site: self.site.clone(), what: format!("a domain that KubeVirt cannot read: {e}") };
+            let what =
+                |e| Error::Hook { site: self.site.clone(), what: format!("a domain that KubeVirt cannot read: {e}") };
             lossy(xml.as_bytes()).map_err(what)
         };
         let mut input = lose(domain)?;

@@ -101,7 +101,8 @@ impl LibvirtSite {
 }
 
 fn arguments(folder: &str, options: &MigrationOptions) -> Vec<String> {
-    let mut arguments: Vec<String> = ["--live", "--p2p", "--persistent", "--copy-storage-inc"].map(str::to_owned).into();
+    let mut arguments: Vec<String> =
+        ["--live", "--p2p", "--persistent", "--copy-storage-inc"].map(str::to_owned).into();
     let mut add = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
     if options.list_disks {
         add("--migrate-disks", EMPTY_DISK_TARGET.into());

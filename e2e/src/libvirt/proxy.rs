@@ -114,11 +114,14 @@ impl Proxies {
         listener.set_nonblocking(true).map_err(failed())?;
         let shared = Arc::clone(&self.shared);
         self.acceptors.push(std::thread::spawn(move || {
-            shared.accept(|| listener.accept().map(|(stream, _)| stream), |stream| {
-                stream.set_nonblocking(false)?;
-                stream.set_nodelay(true)?;
-                Ok((End::Tcp(stream), End::Unix(UnixStream::connect(&out)?), None))
-            });
+            shared.accept(
+                || listener.accept().map(|(stream, _)| stream),
+                move |stream| {
+                    stream.set_nonblocking(false)?;
+                    stream.set_nodelay(true)?;
+                    Ok((End::Tcp(stream), End::Unix(UnixStream::connect(&out)?), None))
+                },
+            );
         }));
         Ok(address)
     }
@@ -137,13 +140,16 @@ impl Proxies {
         let netns = source.netns.clone();
         let shared = Arc::clone(&self.shared);
         self.acceptors.push(std::thread::spawn(move || {
-            shared.accept(|| listener.accept().map(|(stream, _)| stream), |stream| {
-                stream.set_nonblocking(false)?;
-                let dialled = crate::netns::enter(&netns, || TcpStream::connect_timeout(&address, DIAL_TIMEOUT));
-                let dialled = dialled.map_err(io::Error::other)??;
-                dialled.set_nodelay(true)?;
-                Ok((End::Unix(stream), End::Tcp(dialled), Some(channel)))
-            });
+            shared.accept(
+                || listener.accept().map(|(stream, _)| stream),
+                move |stream| {
+                    stream.set_nonblocking(false)?;
+                    let dialled = crate::netns::enter(&netns, || TcpStream::connect_timeout(&address, DIAL_TIMEOUT));
+                    let dialled = dialled.map_err(io::Error::other)??;
+                    dialled.set_nodelay(true)?;
+                    Ok((End::Unix(stream), End::Tcp(dialled), Some(channel)))
+                },
+            );
         }));
         Ok(())
     }

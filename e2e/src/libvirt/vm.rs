@@ -87,7 +87,11 @@ impl LibvirtSite {
         let output = create.args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("1M").output();
         let output = output.map_err(|source| Error::Tool { program: "qemu-img", source })?;
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
-        if output.status.success() { Ok(()) } else { Err(Error::io("an emptyDisk", path)(std::io::Error::other(message))) }
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(Error::io("an emptyDisk", path)(std::io::Error::other(message)))
+        }
     }
 
     /// Starts a VM that is defined here.
