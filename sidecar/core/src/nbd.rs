@@ -17,7 +17,11 @@ pub mod reply;
 pub mod request;
 pub mod wire;
 
+#[cfg(test)]
+mod handshake_tests;
 mod meta;
+#[cfg(test)]
+mod transmission_tests;
 
 pub use handshake::{Catalogue, CloseReason, ExportShape, Handshake, Negotiated, Progress};
 pub use request::{Command, RequestHeader, Session, Verdict};

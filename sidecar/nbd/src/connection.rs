@@ -13,6 +13,7 @@ use rustix::io::Errno as Os;
 use watari_core::front::{Detach, GuestDisk};
 use watari_core::nbd::{Catalogue, CloseReason, ExportShape, Handshake, Negotiated, Progress, Session};
 
+use crate::crew::Crew;
 use crate::exports::Exports;
 use crate::inbox::Inbox;
 use crate::limits::{Limits, PART_BYTES};
@@ -46,29 +47,35 @@ impl Entry {
     }
 }
 
-/// Serve one client until it is gone.
-pub(crate) fn serve(entry: &Entry, exports: &dyn Exports, limits: &Limits, stopping: &AtomicBool) {
+/// Serve one client; `left` runs when it is gone, perhaps on another thread of the connection.
+pub(crate) fn serve(
+    entry: &Entry,
+    exports: &dyn Exports,
+    limits: &Limits,
+    stopping: &AtomicBool,
+    left: impl FnOnce() + Send + 'static,
+) {
     let mut client = Client { exports, stopping, connection: entry.id, disk: None };
     let mut inbox = Inbox::new();
     let negotiated = negotiate(entry, &mut client, &mut inbox, limits);
-    let Some(disk) = client.disk else { return };
-    let how = match negotiated {
-        Ok(negotiated) => transmit(entry, &*disk, &negotiated, inbox, limits),
+    let Some(disk) = client.disk else { return left() };
+    match negotiated.and_then(|negotiated| prepare(entry, &negotiated, limits)) {
+        Ok((link, session)) => transmit(link, disk, session, inbox, limits.linger, left),
         // Attached, but the last reply of the handshake did not reach the client.
-        Err(_) => Detach::Lost,
-    };
-    disk.detach(entry.id, how);
+        Err(_) => {
+            disk.detach(entry.id, Detach::Lost);
+            left();
+        }
+    }
 }
 
-fn transmit(entry: &Entry, disk: &dyn GuestDisk, negotiated: &Negotiated, inbox: Inbox, limits: &Limits) -> Detach {
+fn prepare(entry: &Entry, negotiated: &Negotiated, limits: &Limits) -> Result<(Arc<Link>, Session), Unfinished> {
     let socket = &entry.socket;
-    if socket.set_write_timeout(None).is_err() || socket.set_read_timeout(Some(limits.trim_after)).is_err() {
-        return Detach::Lost;
-    }
+    socket.set_write_timeout(None).map_err(|_| Unfinished::Gone)?;
+    socket.set_read_timeout(Some(limits.trim_after)).map_err(|_| Unfinished::Gone)?;
     let _larger_if_allowed = rustix::net::sockopt::set_socket_send_buffer_size(&**socket, SEND_BUFFER_BYTES);
-    let link = Link::new(entry.id, socket.clone(), limits);
     *lock(&entry.export) = Some(negotiated.export.name.clone());
-    let link = entry.link.get_or_init(|| link);
+    let link = entry.link.get_or_init(|| Link::new(entry.id, socket.clone(), limits));
     let session = Session {
         size_bytes: negotiated.export.size_bytes,
         read_only: negotiated.export.read_only,
@@ -76,7 +83,25 @@ fn transmit(entry: &Entry, disk: &dyn GuestDisk, negotiated: &Negotiated, inbox:
         base_allocation: negotiated.base_allocation,
         unfragmented_bytes_max: PART_BYTES,
     };
-    Transmission::new(link, disk, session, inbox, limits).run()
+    Ok((link.clone(), session))
+}
+
+fn transmit(
+    link: Arc<Link>,
+    disk: Arc<dyn GuestDisk>,
+    session: Session,
+    inbox: Inbox,
+    linger: Duration,
+    left: impl FnOnce() + Send + 'static,
+) {
+    let crew = Crew::new(link.id);
+    let (id, attached) = (link.id, disk.clone());
+    let at_end = Box::new(move |how| {
+        attached.detach(id, how);
+        left();
+    });
+    let role = Transmission::new(link, disk, session, inbox, linger, crew.clone(), at_end);
+    crew.work(Some(Box::new(role)));
 }
 
 /// Why a handshake did not lead to transmission; for the log.

@@ -3,8 +3,9 @@
 //! Where is what:
 //! - [`server`]: one socket, its accept loop, the connections on it, clean shutdown. [`exports`] says what it serves.
 //! - [`listener`]: how a socket path is taken and given back.
-//! - `connection` → `transmission` → `link`: one client, from handshake to goodbye. `transmission` reads requests in
-//!   batches on the connection's thread; `link` is where completions arrive, from any thread, and leave as replies.
+//! - `connection` → `crew` → `transmission` → `link`: one client, from handshake to goodbye. `transmission` reads requests
+//!   in batches; `crew` is the threads that take turns at it; `link` is where completions arrive, from any thread, and
+//!   leave as replies.
 //! - [`local`]: [`local::LocalDisk`], a regular file or block device with inline I/O while that is fast and a bounded pool
 //!   while it is not; [`local::Around`] is how tracking wraps it without a second dispatch.
 //!
@@ -20,6 +21,7 @@
 
 mod buffers;
 mod connection;
+mod crew;
 pub mod exports;
 mod inbox;
 mod limits;
@@ -31,6 +33,7 @@ pub mod server;
 mod transmission;
 mod zeroes;
 
+pub use crew::step_aside;
 pub use exports::{ExportTable, Exports};
 pub use limits::Limits;
 pub use local::{FileDisk, LocalDisk};

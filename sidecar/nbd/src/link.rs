@@ -181,6 +181,14 @@ impl Link {
         READER_OF.set(self.id);
     }
 
+    /// This thread gave the reading role away: what it collected leaves now, later completions here send at once.
+    pub fn leave_reading(&self) {
+        READER_OF.set(0);
+        if self.corked_bytes() > 0 {
+            self.flush(Role::Other);
+        }
+    }
+
     /// Bytes of replies that wait to be sent together.
     pub fn corked_bytes(&self) -> usize {
         self.corked_bytes.load(Ordering::Relaxed)

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::net::Shutdown;
 
 use crate::connection::{self, Entry};
+use crate::crew::STACK_BYTES;
 use crate::exports::Exports;
 use crate::limits::Limits;
 pub use crate::link::Counters;
@@ -22,8 +23,6 @@ pub use crate::listener::BindError;
 use crate::listener::SocketPath;
 use crate::lock;
 
-/// Stack of a connection's thread, in bytes: buffers live on the heap, but a disk's prologue and epilogue run here.
-const STACK_BYTES: usize = 512 << 10;
 /// A handshake that takes longer than this may lose its place when all are taken.
 const HANDSHAKE_GRACE: Duration = Duration::from_secs(1);
 /// How long a newcomer waits for a place that was just taken from another.
@@ -217,8 +216,9 @@ impl Shared {
         let (shared, moved) = (self.clone(), entry.clone());
         let thread = std::thread::Builder::new().name(format!("nbd-{}", entry.id)).stack_size(STACK_BYTES);
         let spawned = thread.spawn(move || {
-            connection::serve(&moved, &*shared.exports, &shared.limits, &shared.stopping);
-            shared.leave(&moved);
+            let (at_end, gone) = (shared.clone(), moved.clone());
+            let left = move || at_end.leave(&gone);
+            connection::serve(&moved, &*shared.exports, &shared.limits, &shared.stopping, left);
         });
         if let Err(error) = spawned {
             tracing::warn!(%error, "no thread for an NBD client; it was turned away");

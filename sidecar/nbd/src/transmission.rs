@@ -1,4 +1,4 @@
-//! The transmission phase of one connection, on the connection's own thread: requests in, in batches.
+//! The transmission phase of one connection, on whichever of its threads reads: requests in, in batches.
 //!
 //! ```text
 //!  ┌▶ all complete requests at hand ─▶ verify ─▶ submit each (completes here when fast, elsewhere later)
@@ -8,9 +8,10 @@
 //! Requests and payloads longer than a part become several disk requests, admitted one by one, so that 32 MiB in one
 //! request cost no more memory than the connection's limit.
 //!
-//! Invariant: before this thread waits for the client, everything that could be sent has been sent.
+//! Invariant: before the reader waits for the client, everything that could be sent has been sent.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno as Os;
@@ -18,8 +19,9 @@ use watari_core::front::{Completion, Detach, Errno, GuestDisk, Op, Request};
 use watari_core::nbd::wire::{CMD_READ, REQUEST_BYTES};
 use watari_core::nbd::{Command, RequestHeader, Session, Verdict, reply};
 
+use crate::crew::Crew;
 use crate::inbox::Inbox;
-use crate::limits::{CORK_BYTES, Limits};
+use crate::limits::CORK_BYTES;
 use crate::link::{Admitted, Flushed, Link, ReplyKind, Role, SCAN, part_count, part_range};
 
 /// Attempts to get the rest of a payload without sleeping: the client is in the middle of sending it.
@@ -28,71 +30,100 @@ const PAYLOAD_SPINS: u32 = 64;
 /// The connection is over.
 struct Ended(Detach);
 
-pub(crate) struct Transmission<'a> {
-    link: &'a Arc<Link>,
-    reply: Arc<dyn Completion>,
-    disk: &'a dyn GuestDisk,
-    session: Session,
-    inbox: Inbox,
-    limits: &'a Limits,
+/// What the reader does next.
+pub(crate) enum Next {
+    /// Submit this to the disk.
+    Submit(Request),
+    /// Call [`Transmission::end`].
+    Ended(Detach),
 }
 
-impl<'a> Transmission<'a> {
+/// The reading role of one connection; see [`crate::crew`] for who holds it.
+pub(crate) struct Transmission {
+    link: Arc<Link>,
+    reply: Arc<dyn Completion>,
+    disk: Arc<dyn GuestDisk>,
+    session: Session,
+    inbox: Inbox,
+    linger: Duration,
+    crew: Arc<Crew>,
+    /// Runs when nothing of the connection is outstanding any more.
+    at_end: Box<dyn FnOnce(Detach) + Send>,
+}
+
+impl Transmission {
     /// `inbox` may hold requests that came right behind the handshake.
     pub fn new(
-        link: &'a Arc<Link>,
-        disk: &'a dyn GuestDisk,
+        link: Arc<Link>,
+        disk: Arc<dyn GuestDisk>,
         session: Session,
         inbox: Inbox,
-        limits: &'a Limits,
+        linger: Duration,
+        crew: Arc<Crew>,
+        at_end: Box<dyn FnOnce(Detach) + Send>,
     ) -> Self {
-        Transmission { link, reply: link.clone(), disk, session, inbox, limits }
+        Transmission { reply: link.clone(), link, disk, session, inbox, linger, crew, at_end }
     }
 
-    /// Serve until the client leaves; returns how. Nothing of the connection is outstanding then.
-    pub fn run(mut self) -> Detach {
-        self.link.adopt_reader();
-        let how = loop {
-            if let Err(Ended(how)) = self.requests_at_hand().and_then(|()| self.receive(&mut [])) {
-                break how;
+    pub fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+    pub fn disk(&self) -> &Arc<dyn GuestDisk> {
+        &self.disk
+    }
+    pub fn crew(&self) -> &Arc<Crew> {
+        &self.crew
+    }
+
+    /// The next disk request, waiting for the client if need be.
+    pub fn next(&mut self) -> Next {
+        loop {
+            let step = match self.request_at_hand() {
+                Ok(Some(request)) => return Next::Submit(request),
+                Ok(None) => self.receive_waiting(&mut []),
+                Err(ended) => Err(ended),
+            };
+            if let Err(Ended(how)) = step {
+                return Next::Ended(how);
             }
-        };
-        self.link.drain(self.limits.linger);
-        how
+        }
     }
 
-    fn requests_at_hand(&mut self) -> Result<(), Ended> {
+    /// Wait for everything outstanding, then report the end of the connection.
+    pub fn end(self, how: Detach) {
+        self.link.drain(self.linger);
+        (self.at_end)(how);
+    }
+
+    /// The next disk request from what was received; `None` if more must be received first.
+    fn request_at_hand(&mut self) -> Result<Option<Request>, Ended> {
         while let Some(bytes) = self.inbox.received().first_chunk::<REQUEST_BYTES>() {
             // Out of step with the client: nothing that follows could be understood.
             let header = RequestHeader::decode(bytes).ok_or(Ended(Detach::Lost))?;
             self.inbox.consume(REQUEST_BYTES);
             self.inbox.expect_more_like(0);
-            match header.verify(&self.session) {
-                Verdict::Run(command) => self.start(&header, command)?,
-                Verdict::Done => {
-                    // A read must be answered with chunks once they were negotiated.
-                    let chunks = self.session.structured && header.kind == CMD_READ;
-                    let write = |out: &mut Vec<u8>| match chunks {
-                        true => reply::none(out, header.cookie),
-                        false => reply::simple(out, header.cookie, Ok(())),
-                    };
-                    self.answer(write, false)?;
-                }
-                Verdict::Refuse { errno, why, skip_bytes } => {
-                    self.skip(skip_bytes)?;
-                    self.refuse(&header, errno, why)?;
-                }
-                Verdict::Goodbye => return Err(Ended(Detach::Clean)),
-                Verdict::Cut => return Err(Ended(Detach::Lost)),
-            }
             if self.link.corked_bytes() >= CORK_BYTES {
                 self.link.flush(Role::Reader);
             }
+            let request = match header.verify(&self.session) {
+                Verdict::Run(command) => self.start(&header, command)?,
+                Verdict::Done => self.done(&header)?,
+                Verdict::Refuse { errno, why, skip_bytes } => {
+                    self.skip(skip_bytes)?;
+                    self.refuse(&header, errno, why)?
+                }
+                Verdict::Goodbye => return Err(Ended(Detach::Clean)),
+                Verdict::Cut => return Err(Ended(Detach::Lost)),
+            };
+            if request.is_some() {
+                return Ok(request);
+            }
         }
-        Ok(())
+        Ok(None)
     }
 
-    fn start(&mut self, header: &RequestHeader, command: Command) -> Result<(), Ended> {
+    /// Begin a command; what is left to submit, if anything, is returned.
+    fn start(&mut self, header: &RequestHeader, command: Command) -> Result<Option<Request>, Ended> {
         match command {
             Command::Read { unfragmented } => self.read(header, unfragmented),
             Command::Write { fua } => self.write(header, fua),
@@ -107,16 +138,25 @@ impl<'a> Transmission<'a> {
         }
     }
 
+    /// Success of a request of length zero. A read must be answered with chunks once they were negotiated.
+    fn done(&self, header: &RequestHeader) -> Result<Option<Request>, Ended> {
+        let chunks = self.session.structured && header.kind == CMD_READ;
+        let write = |out: &mut Vec<u8>| match chunks {
+            true => reply::none(out, header.cookie),
+            false => reply::simple(out, header.cookie, Ok(())),
+        };
+        self.answer(write, false)
+    }
+
     /// An operation without payload: one disk request, whatever its length.
-    fn plain(&mut self, header: &RequestHeader, op: Op, fua: bool) -> Result<(), Ended> {
+    fn plain(&mut self, header: &RequestHeader, op: Op, fua: bool) -> Result<Option<Request>, Ended> {
         let (index, data) = self.admit(header, self.status(), false, 1, 0)?;
         let (offset, length) = (header.offset, u64::from(header.length));
         let reply = self.reply.clone();
-        self.disk.submit(Request { id: Link::part_id(index, 0), op, offset, length, fua, data, reply });
-        Ok(())
+        Ok(Some(Request { id: Link::part_id(index, 0), op, offset, length, fua, data, reply }))
     }
 
-    fn read(&mut self, header: &RequestHeader, unfragmented: bool) -> Result<(), Ended> {
+    fn read(&mut self, header: &RequestHeader, unfragmented: bool) -> Result<Option<Request>, Ended> {
         let parts = part_count(header.offset, header.length);
         let kind = match self.session.structured {
             true => ReplyKind::Content { unfragmented },
@@ -131,56 +171,67 @@ impl<'a> Transmission<'a> {
         let scan = if kind == (ReplyKind::Content { unfragmented: false }) { SCAN } else { 0 };
         let mut index = 0;
         for part in 0..parts {
-            let (offset, length) = part_range(header.offset, header.length, part);
-            let data = if part == 0 {
-                let (slot, data) = self.admit(header, kind, true, parts, length)?;
-                index = slot;
-                data
-            } else {
-                match self.link.admit_part(length) {
-                    Some(data) => data,
-                    None => return self.give_up(index, parts - part),
-                }
-            };
-            self.submit(Link::part_id(index, part) | scan, Op::Read, offset, false, data);
+            let (offset, data) = self.part(header, kind, part, parts, &mut index)?;
+            let request = self.request(Link::part_id(index, part) | scan, Op::Read, offset, false, data);
+            if part + 1 == parts && !alone {
+                return Ok(Some(request));
+            }
+            self.disk.submit(request);
             if alone {
                 self.link.settle().ok_or(Ended(Detach::Lost))?;
                 if self.link.stop_if_failed(index, part, parts - part - 1) {
-                    return Ok(());
+                    break;
                 }
             }
         }
-        Ok(())
+        Ok(None)
     }
 
-    fn write(&mut self, header: &RequestHeader, fua: bool) -> Result<(), Ended> {
+    fn write(&mut self, header: &RequestHeader, fua: bool) -> Result<Option<Request>, Ended> {
         self.inbox.expect_more_like(header.length);
         let parts = part_count(header.offset, header.length);
         let mut index = 0;
         for part in 0..parts {
-            let (offset, length) = part_range(header.offset, header.length, part);
-            let mut data = if part == 0 {
-                let (slot, data) = self.admit(header, self.status(), true, parts, length)?;
-                index = slot;
-                data
-            } else {
-                match self.link.admit_part(length) {
-                    Some(data) => data,
-                    None => return self.give_up(index, parts - part),
-                }
-            };
+            let (offset, mut data) = self.part(header, self.status(), part, parts, &mut index)?;
             if let Err(ended) = self.payload(&mut data) {
-                self.link.abandon(index, parts - part, Some(length));
+                self.link.abandon(index, parts - part, Some(data.len() as u32));
                 return Err(ended);
             }
-            self.submit(Link::part_id(index, part), Op::Write, offset, fua, data);
+            let request = self.request(Link::part_id(index, part), Op::Write, offset, fua, data);
+            if part + 1 == parts {
+                return Ok(Some(request));
+            }
+            self.disk.submit(request);
         }
-        Ok(())
+        Ok(None)
     }
 
-    fn submit(&self, id: u64, op: Op, offset: u64, fua: bool, data: Vec<u8>) {
-        let (length, reply) = (data.len() as u64, self.reply.clone());
-        self.disk.submit(Request { id, op, offset, length, fua, data, reply });
+    /// Admit the request with its first part, or one more part of it: where it begins, and its buffer.
+    fn part(
+        &self,
+        header: &RequestHeader,
+        kind: ReplyKind,
+        part: u32,
+        parts: u32,
+        index: &mut u16,
+    ) -> Result<(u64, Vec<u8>), Ended> {
+        let (offset, length) = part_range(header.offset, header.length, part);
+        if part == 0 {
+            let (slot, data) = self.admit(header, kind, true, parts, length)?;
+            *index = slot;
+            return Ok((offset, data));
+        }
+        match self.link.admit_part(length) {
+            Some(data) => Ok((offset, data)),
+            None => {
+                self.link.abandon(*index, parts - part, None);
+                Err(Ended(Detach::Lost))
+            }
+        }
+    }
+
+    fn request(&self, id: u64, op: Op, offset: u64, fua: bool, data: Vec<u8>) -> Request {
+        Request { id, op, offset, length: data.len() as u64, fua, data, reply: self.reply.clone() }
     }
 
     fn status(&self) -> ReplyKind {
@@ -199,13 +250,7 @@ impl<'a> Transmission<'a> {
         self.link.admit(Admitted { cookie, offset, length, payload, kind }, parts, bytes).ok_or(Ended(Detach::Lost))
     }
 
-    /// The client is gone and `parts` parts of the request were not admitted.
-    fn give_up(&self, index: u16, parts: u32) -> Result<(), Ended> {
-        self.link.abandon(index, parts, None);
-        Err(Ended(Detach::Lost))
-    }
-
-    fn block_status(&mut self, header: &RequestHeader, one: bool) -> Result<(), Ended> {
+    fn block_status(&mut self, header: &RequestHeader, one: bool) -> Result<Option<Request>, Ended> {
         let runs = match self.disk.allocation(header.offset, u64::from(header.length)) {
             Ok(runs) => runs,
             Err(errno) => return self.refuse(header, errno, ""),
@@ -220,11 +265,12 @@ impl<'a> Transmission<'a> {
         self.answer(write, false)
     }
 
-    fn answer(&self, write: impl FnOnce(&mut Vec<u8>), failed: bool) -> Result<(), Ended> {
-        self.link.answer(write, failed).ok_or(Ended(Detach::Lost))
+    /// Answer without the disk: nothing is left to submit.
+    fn answer(&self, write: impl FnOnce(&mut Vec<u8>), failed: bool) -> Result<Option<Request>, Ended> {
+        self.link.answer(write, failed).map(|()| None).ok_or(Ended(Detach::Lost))
     }
 
-    fn refuse(&self, header: &RequestHeader, errno: Errno, why: &str) -> Result<(), Ended> {
+    fn refuse(&self, header: &RequestHeader, errno: Errno, why: &str) -> Result<Option<Request>, Ended> {
         let structured = self.session.structured;
         let write = |out: &mut Vec<u8>| match structured {
             true => reply::error(out, header.cookie, errno, why),
@@ -241,7 +287,7 @@ impl<'a> Transmission<'a> {
             self.inbox.consume(at_hand);
             left -= at_hand;
             if left > 0 && at_hand == 0 {
-                self.receive(&mut [])?;
+                self.receive_waiting(&mut [])?;
             }
         }
         Ok(())
@@ -265,10 +311,6 @@ impl<'a> Transmission<'a> {
             }
         }
         Ok(())
-    }
-
-    fn receive(&mut self, payload: &mut [u8]) -> Result<(), Ended> {
-        self.receive_waiting(payload).map(|_| ())
     }
 
     /// Send what is corked, then wait for bytes; returns how many of them went into `payload`.

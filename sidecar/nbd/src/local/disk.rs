@@ -1,12 +1,13 @@
-//! A local file or device as a [`GuestDisk`]: inline while that is fast, on a bounded pool while it is not.
+//! A local file or device as a [`GuestDisk`]: inline while that is fast, on a thread that may wait otherwise.
 //!
 //! Where a request runs:
 //! ```text
-//! submit ─ before() ─┬─ Refuse ───────────────────────────────────────────────▶ complete
-//!                    ├─ Go ─┬─ cached read, fast write ── on this thread ─ after() ▶ complete
+//! submit ─ before() ─┬─ Refuse ────────────────────────────────────────────────────▶ complete
+//!                    ├─ Go ─┬─ cached read, fast write ── on this thread ─ after() ─▶ complete
 //!                    │      └─ anything slow ──────────┐
-//!                    └─ Blocking ── before_blocking() ─┴─ on the pool ── after() ─▶ complete
+//!                    └─ Blocking ── before_blocking() ─┴─ on a thread that may wait ─ after() ─▶ complete
 //! ```
+//! A thread that may wait is this one if it can step aside (a reader whose colleague takes over), else one of the pool.
 //! A flush, and a write with FUA once it is written, joins the group that waits for the next fdatasync.
 //!
 //! [`Around`] is how a wrapper does "mark, then write, then complete": its prologue runs before the I/O on whichever
@@ -26,6 +27,7 @@ use super::file::{LocalFile, OpenError, Zeroing};
 use super::flush::FlushGroup;
 use super::pace::Pace;
 use super::pool::{IoPool, Job};
+use crate::crew::step_aside;
 
 /// An inline operation that takes longer than this (plus its copying) waited for something.
 const SLOW_OPERATION: Duration = Duration::from_micros(150);
@@ -38,7 +40,7 @@ const POOL_THREADS: usize = 32;
 pub enum Prologue<T> {
     /// Do the I/O; `T` comes back in [`Around::after`].
     Go(T),
-    /// Cannot be decided without waiting: call [`Around::before_blocking`] on the pool.
+    /// Cannot be decided without waiting: call [`Around::before_blocking`] where waiting is allowed.
     Blocking,
     /// Complete with this error, no I/O, no epilogue.
     Refuse(Errno),
@@ -53,7 +55,7 @@ pub trait Around: Send + Sync + Sized + 'static {
     /// Prologue on the submitting thread. Must not block: others of the same connection wait behind it.
     fn before(&self, request: &Request) -> Prologue<Self::Ticket>;
 
-    /// The prologue's slow path, on a pool thread after [`Prologue::Blocking`]. May wait for local disks (a region
+    /// The prologue's slow path, on a thread that may wait, after [`Prologue::Blocking`]. May wait for local disks (a region
     /// log, old content to be preserved, read through `file`), never for the peer.
     fn before_blocking(&self, request: &Request, file: &LocalFile) -> Result<Self::Ticket, Errno>;
 
@@ -203,34 +205,43 @@ impl<A: Around> LocalDisk<A> {
 
     fn flush(&self, request: Request, ticket: A::Ticket) {
         if self.core.group.join((request, ticket)) {
-            // More than one round is somebody else's wait: that goes to the pool.
+            // More than one round is somebody else's wait: not on a thread that reads.
             if !self.core.flushes.inline() || self.core.lead_round() {
                 self.push(Step::Lead);
             }
         }
     }
 
+    /// Do the step where waiting holds up nobody.
     fn push(&self, step: Step<A>) {
-        self.pool.push(Task { core: self.core.clone(), step });
+        if step_aside() {
+            self.core.step(step);
+        } else {
+            self.pool.push(Task { core: self.core.clone(), step });
+        }
     }
 }
 
 impl<A: Around> Job for Task<A> {
     fn run(self) {
-        let Task { core, step } = self;
-        match step {
-            Step::Prologue(request) => match core.around.before_blocking(&request, &core.file) {
-                Ok(ticket) => core.io_and_done(request, ticket, 0),
-                Err(errno) => finish(request, Err(errno)),
-            },
-            Step::Io(request, ticket, filled) => core.io_and_done(request, ticket, filled),
-            Step::Lead => core.lead(),
-        }
+        self.core.step(self.step);
     }
 }
 
 impl<A: Around> Core<A> {
-    /// On the pool: everything from the I/O on.
+    /// On a thread that may wait.
+    fn step(&self, step: Step<A>) {
+        match step {
+            Step::Prologue(request) => match self.around.before_blocking(&request, &self.file) {
+                Ok(ticket) => self.io_and_done(request, ticket, 0),
+                Err(errno) => finish(request, Err(errno)),
+            },
+            Step::Io(request, ticket, filled) => self.io_and_done(request, ticket, filled),
+            Step::Lead => self.lead(),
+        }
+    }
+
+    /// Everything from the I/O on.
     fn io_and_done(&self, mut request: Request, ticket: A::Ticket, filled: usize) {
         let flushes = request.op == Op::Flush;
         let result = if flushes { Ok(()) } else { self.io(&mut request, filled) };
