@@ -158,6 +158,10 @@ impl Control {
     pub fn set_rate(&mut self, bytes_per_second: u64) -> Result<Stats, Error> {
         self.ask(&format!("rate {bytes_per_second}"), Duration::from_secs(20))
     }
+    /// Bytes of memory per second that change.
+    pub fn set_churn(&mut self, bytes_per_second: u64) -> Result<Stats, Error> {
+        self.ask(&format!("churn {bytes_per_second}"), Duration::from_secs(20))
+    }
     /// Forgets the largest gaps so far.
     pub fn reset_gaps(&mut self) -> Result<Stats, Error> {
         self.ask("reset-gaps", Duration::from_secs(20))

@@ -19,6 +19,8 @@ use crate::netns::Netns;
 /// Why a process is not running as it should.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    #[error(transparent)]
+    Build(#[from] crate::build::Error),
     #[error("cannot start {name}: {source}")]
     Spawn { name: String, source: io::Error },
     #[error("{name} ended with {status}; the end of {log}:\n{tail}")]

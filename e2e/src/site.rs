@@ -3,7 +3,9 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::build;
 use crate::netns::{self, Netns};
 use crate::process::{Builder, Process};
 use crate::reaper;
@@ -42,23 +44,23 @@ impl Site {
         Builder::new(format!("{name}@{}", self.name), program, self.dir.join(format!("{name}.log"))).netns(&self.netns)
     }
 
-    /// Starts one of the workspace's binaries here, built if need be.
-    pub fn spawn_ours(
-        &self,
-        name: &str,
-        binary: &std::path::Path,
-        arguments: &[&str],
-    ) -> Result<Process, crate::process::Error> {
-        self.command(name, binary).args(arguments).spawn()
+    /// Starts `watari-sidecar` here (built if need be) with the given arguments, e.g. `primary --config FILE`.
+    pub fn sidecar(&self, name: &str, arguments: &[&str]) -> Result<Process, crate::process::Error> {
+        let binary = build::binary("watari-sidecar", "watari-sidecar")?;
+        self.command(name, binary).args(arguments).current_dir(&self.dir).spawn()
     }
 }
 
 /// Sites A and B and the WAN. Fields drop in order: the link first, then the namespaces.
+///
+/// One process has one test bed at a time: tests of one file take turns, since on a small machine they would falsify each
+/// other's times. (Making a second one while holding the first waits for ever.)
 pub struct TestBed {
     pub wan: Wan,
     pub a: Site,
     pub b: Site,
     pub dir: PathBuf,
+    _turn: MutexGuard<'static, ()>,
 }
 
 /// How the link between the sites is made; everything else about it can change later.
@@ -84,14 +86,17 @@ impl TestBed {
     /// The same with all options.
     pub fn with_options(label: &str, shape: Shape, options: LinkOptions) -> Result<TestBed, Error> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
+        static TURN: Mutex<()> = Mutex::new(());
         netns::require_root()?;
+        // A test that failed poisons nothing that the next one would use.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = reaper::run_folder().join(format!("{label}-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
         let a = Site::create("a", Ipv4Addr::new(10, 77, 0, 1), dir.join("a"))?;
         let b = Site::create("b", Ipv4Addr::new(10, 77, 0, 2), dir.join("b"))?;
         let end = |site: &Site| End { netns: site.netns.path(), address: format!("{}/30", site.address) };
         let mut wan = Wan::start(&end(&a), &end(&b), options.mtu, shape, options.seed)?;
         wan.serve_control(dir.join("wan.sock"))?;
-        Ok(TestBed { wan, a, b, dir })
+        Ok(TestBed { wan, a, b, dir, _turn: turn })
     }
 }
 

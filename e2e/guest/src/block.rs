@@ -10,7 +10,7 @@
 //!     48  4  disk   52  4  stream
 //!     56  8  base           first block of the working set on every disk
 //!     64  8  blocks         working set, blocks per disk
-//!     72  2  disks  74  2  streams  76  1  random_percent  77  1  zero_percent  78  50  zero
+//!     72  2  disks  74  2  streams  76  1  random_percent  77  1  zero_percent  78  2  shift  80  48  zero
 //!    128  3968  payload: words drawn from `check`
 //! ```
 //!
@@ -24,7 +24,8 @@ use crate::schedule::Layout;
 /// Bytes in one block: the unit of tracking (design: 4 KiB) and of one write of the workload.
 pub const BLOCK_BYTES: usize = 4096;
 const HEADER_BYTES: usize = 128;
-const MAGIC: u64 = u64::from_le_bytes(*b"WTRBLK01");
+/// The first eight bytes of every stamped block.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"WTRBLK01");
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Where a block lies and which write it holds.
@@ -98,6 +99,7 @@ impl Stamp {
         out[74..76].copy_from_slice(&layout.streams.to_le_bytes());
         out[76] = layout.random_percent;
         out[77] = layout.zero_percent;
+        out[78..80].copy_from_slice(&layout.shift.to_le_bytes());
         let seed = header_check(out);
         out[8..16].copy_from_slice(&seed.to_le_bytes());
         let random = random_words(layout);
@@ -131,6 +133,7 @@ impl Stamp {
             streams: half(74),
             random_percent: bytes[76],
             zero_percent: bytes[77],
+            shift: half(78),
         };
         let random = random_words(&layout);
         let whole = bytes[HEADER_BYTES..]
@@ -165,6 +168,7 @@ mod tests {
             streams: 2,
             random_percent: 50,
             zero_percent: 5,
+            shift: 0,
         };
         Stamp { layout, stream: 1, sequence, disk: 1, block: 77 }
     }

@@ -292,7 +292,17 @@ mod tests {
     use super::*;
 
     fn layout() -> Layout {
-        Layout { run: 5, born: 1, base: 4, blocks: 40, disks: 2, streams: 2, random_percent: 10, zero_percent: 20 }
+        Layout {
+            run: 5,
+            born: 1,
+            base: 4,
+            blocks: 40,
+            disks: 2,
+            streams: 2,
+            random_percent: 10,
+            zero_percent: 20,
+            shift: 0,
+        }
     }
 
     fn image_after(layout: &Layout, acknowledged: [u64; 2]) -> Image {

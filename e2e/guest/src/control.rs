@@ -15,6 +15,7 @@ use serde::Serialize;
 use watari_guest::report::Verdict;
 
 use crate::boot::read_or_empty;
+use crate::churn::Churn;
 use crate::workload::Workload;
 
 /// The name of the virtio-serial port, as QEMU's `name=` gives it.
@@ -26,7 +27,7 @@ const WRITE_STEPS: u32 = 500;
 const NAP: Duration = Duration::from_millis(10);
 
 /// Answers requests for ever.
-pub fn serve(workload: &Workload, device: Option<&str>) -> ! {
+pub fn serve(workload: &Workload, churn: &Churn, device: Option<&str>) -> ! {
     let mut line = open(device);
     let mut pending = Vec::new();
     let mut bytes = [0u8; 512];
@@ -42,7 +43,7 @@ pub fn serve(workload: &Workload, device: Option<&str>) -> ! {
         }
         while let Some(end) = pending.iter().position(|&byte| byte == b'\n') {
             let request: Vec<u8> = pending.drain(..=end).collect();
-            if let Some(answer) = answer(workload, String::from_utf8_lossy(&request).trim()) {
+            if let Some(answer) = answer(workload, churn, String::from_utf8_lossy(&request).trim()) {
                 write_line(&mut line, answer.as_bytes());
             }
         }
@@ -53,7 +54,7 @@ pub fn serve(workload: &Workload, device: Option<&str>) -> ! {
 }
 
 /// The answer to one line, or nothing when the line is not a request.
-fn answer(workload: &Workload, request: &str) -> Option<String> {
+fn answer(workload: &Workload, churn: &Churn, request: &str) -> Option<String> {
     let (id, command) = request.strip_prefix('#')?.split_once(' ')?;
     let (name, argument) = command.split_once(' ').unwrap_or((command, ""));
     let outcome = match name {
@@ -67,12 +68,14 @@ fn answer(workload: &Workload, request: &str) -> Option<String> {
             workload.pause();
             json(&workload.stats())
         }
-        "rate" => argument.trim().parse().map_err(|_| format!("not a rate in bytes per second: {argument}")).and_then(
-            |rate| {
-                workload.set_rate(rate);
-                json(&workload.stats())
-            },
-        ),
+        "rate" => rate(argument).and_then(|rate| {
+            workload.set_rate(rate);
+            json(&workload.stats())
+        }),
+        "churn" => rate(argument).and_then(|rate| {
+            churn.set_rate(rate);
+            json(&workload.stats())
+        }),
         "reset-gaps" => {
             workload.reset_gaps();
             json(&workload.stats())
@@ -89,6 +92,10 @@ fn answer(workload: &Workload, request: &str) -> Option<String> {
     };
     let body = outcome.unwrap_or_else(|error| serde_json::json!({ "error": error }).to_string());
     Some(format!("@{id} {body}\n"))
+}
+
+fn rate(argument: &str) -> Result<u64, String> {
+    argument.trim().parse().map_err(|_| format!("not a rate in bytes per second: {argument}"))
 }
 
 fn json(value: &impl Serialize) -> Result<String, String> {

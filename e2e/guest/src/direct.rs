@@ -67,6 +67,18 @@ impl Target {
         Ok(Target { name: name.to_owned(), bytes: writer.metadata()?.len(), writer, reader, is_block_device: false })
     }
 
+    /// Discards 4 KiB at `offset`; true when the disk reads as zeroes afterwards. A disk that cannot discard says false.
+    pub fn discard(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        const BLKDISCARD: libc::c_ulong = 0x1277; // linux/fs.h: _IO(0x12, 119), no binding in libc
+        let range = [offset, BLOCK_BYTES as u64];
+        // SAFETY: BLKDISCARD reads two u64 from the pointer, which lives across the call.
+        if !self.is_block_device || unsafe { libc::ioctl(self.writer.as_raw_fd(), BLKDISCARD, range.as_ptr()) } != 0 {
+            return Ok(false);
+        }
+        std::os::unix::fs::FileExt::read_exact_at(&self.reader, buffer, offset)?;
+        Ok(buffer.iter().all(|&byte| byte == 0))
+    }
+
     /// Makes 4 KiB at `offset` zero: a WRITE ZEROES request on a raw disk, plain zeroes in a file.
     pub fn zero(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         if !self.is_block_device {

@@ -82,13 +82,11 @@ impl Recorder {
     pub fn fsynced(&self, now: i64) {
         let mut state = self.state();
         if let Some(last) = state.last_fsync {
-            let mut gap = elapsed(last, now);
-            // The stop was found at a tick inside this gap: the clock lacks it.
-            if last < state.last_tick {
-                gap += state.jump;
-            }
+            let gap = elapsed(last, now);
             state.fsync = state.fsync.max(gap);
-            raise(&mut state.largest.fsync_ms, gap);
+            // The stop may have been found at a tick inside this gap: the clock lacks it.
+            let lacking = if last < state.last_tick { state.jump } else { 0 };
+            raise(&mut state.largest.fsync_ms, gap + lacking);
         }
         state.last_fsync = Some(now);
     }

@@ -12,6 +12,7 @@
 //! that two readings of a clock are close, and every wait is bounded by counting, not by deadlines alone.
 
 mod boot;
+mod churn;
 mod control;
 mod direct;
 mod gaps;
@@ -29,10 +30,11 @@ fn main() {
     let settings = settings::Settings::from_command_line(&boot::read_or_empty("/proc/cmdline"));
     let gaps = Arc::new(gaps::Recorder::default());
     gaps::start_heartbeat(Arc::clone(&gaps));
+    let churn = churn::Churn::start(settings.churn);
     let workload = workload::Workload::open(&settings, gaps);
     if settings.start {
         workload.resume();
     }
     println!("WATARI-GUEST ready, {:.2} s after the kernel started", boot::uptime_seconds());
-    control::serve(&workload, settings.control.as_deref())
+    control::serve(&workload, &churn, settings.control.as_deref())
 }

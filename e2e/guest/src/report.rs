@@ -48,6 +48,9 @@ pub struct StreamStats {
     pub acknowledged: u64,
     pub bytes: u64,
     pub errors: u64,
+    /// Blocks discarded, and how many of those did not read as zeroes afterwards (they were then written with zeroes).
+    pub discards: u64,
+    pub discards_kept: u64,
     /// errno of the first failed operation, 0 for none.
     pub first_errno: i32,
     /// Slowest operation since `reset-gaps` by the guest's own clock, milliseconds.

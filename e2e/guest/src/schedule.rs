@@ -11,7 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::block::mix;
+use crate::block::{BLOCK_BYTES, mix};
 
 /// Rounds of the Feistel network: enough to look random, few enough to cost nothing under emulation.
 const ROUNDS: u64 = 4;
@@ -32,6 +32,9 @@ pub struct Layout {
     pub random_percent: u8,
     /// Share of operations that write zeroes instead of data, 0 to 100.
     pub zero_percent: u8,
+    /// Bytes by which every block lies beyond its 4 KiB boundary: a multiple of 512 below 4096. With it each write
+    /// touches two tracked blocks in part.
+    pub shift: u16,
 }
 
 /// A block of a group: which disk, and its index there.
@@ -46,8 +49,10 @@ pub struct Place {
 pub struct Operation {
     pub slot: u64,
     pub place: Place,
-    /// Writes zeroes (a WRITE ZEROES request where the disk has it) instead of a stamped block.
+    /// Leaves zeroes instead of a stamped block.
     pub zero: bool,
+    /// Of those, is a discard tried first? (A WRITE ZEROES request follows unless the disk then reads as zeroes.)
+    pub discard: bool,
 }
 
 impl Layout {
@@ -60,6 +65,11 @@ impl Layout {
     /// rows than streams stays unused).
     pub fn slots(&self) -> u64 {
         self.blocks / u64::from(self.streams) * u64::from(self.disks)
+    }
+
+    /// Byte offset of a block on its disk.
+    pub fn offset(&self, block: u64) -> u64 {
+        block * BLOCK_BYTES as u64 + u64::from(self.shift)
     }
 
     /// Where a slot of a stream lies.
@@ -87,8 +97,9 @@ impl Layout {
         let cycle = (sequence - 1) / slots;
         let key = mix(self.run ^ mix(u64::from(stream) << 48 ^ cycle));
         let slot = permute(key, slots, (sequence - 1) % slots);
-        let zero = mix(self.run ^ mix(sequence ^ u64::from(stream) << 56)) % 100 < u64::from(self.zero_percent);
-        Operation { slot, place: self.place(stream, slot), zero }
+        let dice = mix(self.run ^ mix(sequence ^ u64::from(stream) << 56));
+        let zero = dice % 100 < u64::from(self.zero_percent);
+        Operation { slot, place: self.place(stream, slot), zero, discard: zero && dice >> 63 == 1 && self.shift == 0 }
     }
 
     /// For each slot of a stream, the newest operation up to and including `acknowledged` that touched it; 0 for none.
@@ -128,7 +139,7 @@ mod tests {
     use super::*;
 
     fn layout(blocks: u64, disks: u16, streams: u16) -> Layout {
-        Layout { run: 42, born: 0, base: 10, blocks, disks, streams, random_percent: 100, zero_percent: 10 }
+        Layout { run: 42, born: 0, base: 10, blocks, disks, streams, random_percent: 100, zero_percent: 10, shift: 0 }
     }
 
     #[test]

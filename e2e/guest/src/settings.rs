@@ -19,6 +19,10 @@ pub struct Settings {
     pub random_percent: u8,
     /// `watari.zero=5`: share of operations that write zeroes, in percent.
     pub zero_percent: u8,
+    /// `watari.shift=1536`: bytes by which every block lies off its 4 KiB boundary, a multiple of 512 below 4096.
+    pub shift: u16,
+    /// `watari.churn=10000000`: bytes of memory per second that change, so that live migration has something to do.
+    pub churn: u64,
     /// `watari.start=1`: begin to write at once instead of at the first `resume`.
     pub start: bool,
     /// `watari.scan=0`: do not read the working set at boot. Then nothing is known about blocks not yet written.
@@ -39,6 +43,8 @@ impl Settings {
             rate: 2_500_000,
             random_percent: 100,
             zero_percent: 5,
+            shift: 0,
+            churn: 0,
             start: false,
             scan: true,
             control: None,
@@ -64,6 +70,8 @@ impl Settings {
             "rate" => self.rate = value.parse().ok()?,
             "random" => self.random_percent = value.parse().ok().filter(|p| *p <= 100)?,
             "zero" => self.zero_percent = value.parse().ok().filter(|p| *p <= 100)?,
+            "shift" => self.shift = value.parse().ok().filter(|shift| shift % 512 == 0 && *shift < 4096)?,
+            "churn" => self.churn = value.parse().ok()?,
             "start" => self.start = value == "1",
             "scan" => self.scan = value != "0",
             "control" => self.control = Some(value.to_owned()),

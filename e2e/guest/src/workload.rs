@@ -50,6 +50,8 @@ struct Stream {
     acknowledged: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
+    discards: AtomicU64,
+    discards_kept: AtomicU64,
     first_errno: AtomicI32,
     slowest: AtomicU64,
     idle: AtomicBool,
@@ -81,7 +83,7 @@ impl Workload {
                 .filter(|name| !settings.ext4.contains(name) && disk_bytes(name) >= DISK_BYTES_MIN)
                 .collect(),
         };
-        let file_bytes = (settings.base + settings.blocks) * BLOCK_BYTES as u64;
+        let file_bytes = (settings.base + settings.blocks + 1) * BLOCK_BYTES as u64;
         let mut groups = Vec::new();
         for (name, disks) in [("raw", &raw), ("ext4", &settings.ext4)] {
             let targets: Vec<Target> = disks
@@ -248,11 +250,13 @@ impl Group {
             run: random_u64(),
             born,
             base: settings.base,
-            blocks: settings.blocks.min(smallest.saturating_sub(settings.base)),
+            // A shifted last block would reach beyond the end.
+            blocks: settings.blocks.min(smallest.saturating_sub(settings.base + u64::from(settings.shift > 0))),
             disks: u16::try_from(targets.len()).expect("a machine has few disks"),
             streams: settings.streams,
             random_percent: settings.random_percent,
             zero_percent: settings.zero_percent,
+            shift: settings.shift,
         };
         if !layout.plausible() {
             println!("WATARI-GUEST leaves group {name} alone: no room for {} streams", settings.streams);
@@ -288,7 +292,7 @@ impl Group {
                 let blocks = chunk_blocks.min(self.layout.blocks - row);
                 let chunk = &mut buffer.get()[..blocks as usize * BLOCK_BYTES];
                 let first = self.layout.base + row;
-                let read = target.reader.read_exact_at(chunk, first * BLOCK_BYTES as u64);
+                let read = target.reader.read_exact_at(chunk, self.layout.offset(first));
                 for (block, bytes) in (first..).zip(chunk.chunks_exact(BLOCK_BYTES)) {
                     let result = match &read {
                         Ok(()) => Ok((Stamp::read(bytes), bytes)),
@@ -322,6 +326,8 @@ impl Stream {
                     acknowledged: AtomicU64::new(0),
                     bytes: AtomicU64::new(0),
                     errors: AtomicU64::new(0),
+                    discards: AtomicU64::new(0),
+                    discards_kept: AtomicU64::new(0),
                     first_errno: AtomicI32::new(0),
                     slowest: AtomicU64::new(0),
                     idle: AtomicBool::new(false),
@@ -339,6 +345,8 @@ impl Stream {
             acknowledged: self.acknowledged.load(Ordering::SeqCst),
             bytes: self.bytes.load(Ordering::Relaxed),
             errors: self.errors.load(Ordering::Relaxed),
+            discards: self.discards.load(Ordering::Relaxed),
+            discards_kept: self.discards_kept.load(Ordering::Relaxed),
             first_errno: self.first_errno.load(Ordering::Relaxed),
             slowest_ms: self.slowest.load(Ordering::Relaxed) as f64 / 1e6,
         }
@@ -380,15 +388,26 @@ impl Stream {
         }
     }
 
+    fn zero(&self, target: &Target, offset: u64, discard: bool, buffer: &mut [u8]) -> io::Result<()> {
+        if discard {
+            self.discards.fetch_add(1, Ordering::Relaxed);
+            if target.discard(offset, buffer)? {
+                return Ok(());
+            }
+            self.discards_kept.fetch_add(1, Ordering::Relaxed);
+        }
+        target.zero(offset, buffer)
+    }
+
     /// Performs the next operation and counts it.
     fn step(&self, buffer: &mut Aligned, shared: &Shared) {
         let sequence = self.acknowledged.load(Ordering::SeqCst) + 1;
         let operation = self.group.layout.operation(self.index, sequence);
         let target = &self.group.targets[operation.place.disk as usize];
-        let offset = operation.place.block * BLOCK_BYTES as u64;
+        let offset = self.group.layout.offset(operation.place.block);
         let start = now_nanos();
         let written = if operation.zero {
-            target.zero(offset, buffer.get())
+            self.zero(target, offset, operation.discard, buffer.get())
         } else {
             let Place { disk, block } = operation.place;
             Stamp { layout: self.group.layout, stream: self.index, sequence, disk, block }.fill(buffer.get());
