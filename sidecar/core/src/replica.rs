@@ -60,20 +60,33 @@ pub enum ErrorClass {
     Corrupt,
 }
 
+/// Which of a side's claims.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Claim {
+    /// The metadata folder: journal, undo, lists.
+    Metadata,
+    /// A disk's image.
+    Data,
+}
+
 /// Why the replica refused or failed.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ReplicaError {
     /// No room on a claim. Nothing committed is harmed; it goes on when there is room.
-    #[error("no room: {needed} more bytes are needed in {place}")]
-    Full { place: String, needed: u64 },
+    #[error("no room in {claim:?} ({place}): about {needed} more bytes are needed")]
+    Full { claim: Claim, place: String, needed: u64 },
     /// The journal is at its limit because committed generations wait for their application.
     #[error("the journal is full of committed generations that wait for their application")]
     ApplyFirst,
     /// The staged delta does not fit the journal at all.
     #[error("the journal is too small for this delta: at least {needed} bytes are needed, {limit} are allowed")]
     JournalTooSmall { needed: u64, limit: u64 },
+    /// The metadata folder.
     #[error("{0}")]
     Storage(StorageError),
+    /// A data claim.
+    #[error("image: {0}")]
+    Image(StorageError),
     #[error(transparent)]
     Slot(SlotError),
     #[error("{file} has format version {found}, this program knows up to {supported}; use the newer program")]
@@ -116,9 +129,11 @@ impl ReplicaError {
         match self {
             ReplicaError::Full { .. } | ReplicaError::ApplyFirst | ReplicaError::RollingBack => ErrorClass::Retry,
             ReplicaError::BelowFloor { .. } | ReplicaError::OtherSession { .. } => ErrorClass::Fenced,
-            ReplicaError::Storage(StorageError::NoSpace(_)) => ErrorClass::Retry,
+            ReplicaError::Storage(StorageError::NoSpace(_)) | ReplicaError::Image(StorageError::NoSpace(_)) => {
+                ErrorClass::Retry
+            }
             ReplicaError::Slot(SlotError::Storage(StorageError::NoSpace(_))) => ErrorClass::Retry,
-            ReplicaError::Storage(_) | ReplicaError::Slot(_) => ErrorClass::Corrupt,
+            ReplicaError::Storage(_) | ReplicaError::Image(_) | ReplicaError::Slot(_) => ErrorClass::Corrupt,
             ReplicaError::Corrupt { .. } | ReplicaError::Poisoned(_) => ErrorClass::Corrupt,
             ReplicaError::JournalTooSmall { .. }
             | ReplicaError::NewerVersion { .. }
@@ -135,11 +150,12 @@ impl ReplicaError {
         }
     }
 
-    /// The file for which there is no room, if that is what this is.
-    pub(crate) fn no_space(&self) -> Option<&str> {
+    /// The claim and the file for which there is no room, if that is what this is.
+    pub(crate) fn no_space(&self) -> Option<(Claim, &str)> {
         match self {
-            ReplicaError::Storage(StorageError::NoSpace(file)) => Some(file),
-            ReplicaError::Slot(SlotError::Storage(StorageError::NoSpace(file))) => Some(file),
+            ReplicaError::Storage(StorageError::NoSpace(file)) => Some((Claim::Metadata, file)),
+            ReplicaError::Slot(SlotError::Storage(StorageError::NoSpace(file))) => Some((Claim::Metadata, file)),
+            ReplicaError::Image(StorageError::NoSpace(file)) => Some((Claim::Data, file)),
             _ => None,
         }
     }

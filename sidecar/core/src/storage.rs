@@ -4,6 +4,9 @@
 //! Durability contract: nothing written is durable before `sync` of that file returned; a created, renamed or removed name is durable
 //! after `sync_folder`. Implementations poison a file after a failed write or sync (style item 6): no sync is ever retried.
 
+#[cfg(feature = "sim")]
+pub mod sim;
+
 use alloc::{string::String, vec::Vec};
 
 /// Why storage could not do it.

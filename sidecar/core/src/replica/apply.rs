@@ -22,7 +22,7 @@ use crate::{
     geometry::{BLOCK_BYTES, DiskIndex, Generation},
     storage::Storage,
 };
-use alloc::{collections::BTreeSet, sync::Arc, vec::Vec};
+use alloc::{collections::BTreeSet, string::String, sync::Arc, vec::Vec};
 
 /// Zeroing costs little per byte; it is paced as if it were this many times smaller.
 const ZERO_COST_DIVISOR: u64 = 64;
@@ -195,20 +195,31 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         let inside = bytes.min(self.manifest.disk_bytes[usize::from(disk)].saturating_sub(offset));
         content.clear();
         content.resize(bytes as usize, 0);
-        self.images.read(DiskIndex(disk), offset, &mut content[..inside as usize])?;
-        Ok(())
+        let content = &mut content[..inside as usize];
+        self.images.read(DiskIndex(disk), offset, content).map_err(ReplicaError::Image)
+    }
+
+    /// Forget work that is not begun in the image; it starts again from the manifest, if at all.
+    pub(crate) fn abandon_work(&mut self) -> Result<(), ReplicaError> {
+        match core::mem::take(&mut self.work) {
+            Work::Capture(capture) => remove_if_there(&mut self.meta, capture.writer.name()),
+            Work::Idle | Work::Write(_) | Work::RollBack(_) => Ok(()),
+        }
     }
 
     fn finish_capture(&mut self, capture: Capture) -> Result<Progress, ReplicaError> {
         let Capture { generation, delta, writer, .. } = capture;
-        let name = alloc::string::String::from(writer.name());
+        let name = String::from(writer.name());
         let index = match writer.finish(&mut self.meta) {
             Ok(index) => index,
             Err(error) if error.no_space().is_some() => {
                 remove_if_there(&mut self.meta, &name)?;
                 // With the room of an older file the capture is done again from the start.
-                if self.drop_oldest_undo()? || self.needs_undo() {
-                    return if self.history.is_empty() { Err(error) } else { self.restarted(generation) };
+                if self.drop_oldest_undo()? {
+                    return Ok(Progress::Working { generation, phase: Phase::Capturing });
+                }
+                if self.needs_undo() {
+                    return Err(error);
                 }
                 self.begin_writing(generation, delta)?;
                 return Ok(Progress::Working { generation, phase: Phase::Writing });
@@ -218,11 +229,6 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         self.history.insert(0, index.info.clone());
         self.begin_writing(generation, delta)?;
         Ok(Progress::Working { generation, phase: Phase::Writing })
-    }
-
-    fn restarted(&mut self, generation: Generation) -> Result<Progress, ReplicaError> {
-        self.work = Work::Idle;
-        Ok(Progress::Working { generation, phase: Phase::Capturing })
     }
 
     /// No room for undo: give up the oldest kept generation, else all history, but never one that must not go.
@@ -270,7 +276,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         }
         lost.dedup();
         if self.options.policy.keeps_history() && !lost.is_empty() {
-            self.events.push(Event::UndoDropped { lost });
+            self.report_event(Event::UndoDropped { lost });
         }
         Ok(())
     }
@@ -285,8 +291,9 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
             return Ok(Progress::Working { generation, phase: Phase::Writing });
         }
         for disk in &write.touched {
-            self.images.sync(DiskIndex(*disk))?;
+            self.sync_image(*disk)?;
         }
+        self.full.clear();
         self.finish_writing(generation)?;
         Ok(Progress::Applied(generation))
     }
@@ -366,7 +373,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         let keys: Vec<FrameKey> = front.delta.frames.iter().map(|frame| frame.frame.key()).collect();
         self.journal.retire(keys);
         self.journal.reclaim(&mut self.meta)?;
-        self.events.push(Event::Applied(generation));
+        self.report_event(Event::Applied(generation));
         Ok(())
     }
 }

@@ -130,6 +130,11 @@ pub fn for_runs(frame: &StoredFrame, excluded: &[u8], mut each: impl FnMut(u16, 
     };
     let mut index = 0u64;
     for extent in &header.extents {
+        if excluded.is_empty() {
+            each(header.disk.0, extent.start.0, extent.blocks, index as u32, supply);
+            index += u64::from(extent.blocks);
+            continue;
+        }
         let mut run: Option<(u64, u32, u64)> = None;
         for block in extent.start.0..extent.end().0 {
             if excludes(excluded, index) {

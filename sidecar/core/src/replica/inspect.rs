@@ -2,7 +2,7 @@
 //!
 //! Everything here reads and nothing changes; open the folder with [`super::Options::read_only`] to be sure of it.
 
-use super::{Images, Mark, ReplicaError, ReplicaStore, Staged, manifest::Manifest};
+use super::{Claim, Images, Mark, ReplicaError, ReplicaStore, Staged, manifest::Manifest};
 use crate::{
     frame::FrameKind,
     geometry::{BLOCK_BYTES, Generation},
@@ -35,10 +35,7 @@ pub struct GenerationReport {
 pub enum ReplicaState {
     Ready,
     /// The last change was refused for want of room.
-    Full {
-        place: String,
-        needed: u64,
-    },
+    Full { claim: Claim, place: String, needed: u64 },
     RollingBack(Generation),
     /// A write or sync failed; the folder must be opened again.
     Poisoned(String),
@@ -73,8 +70,8 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         if let Some(reason) = self.poisoned() {
             return ReplicaState::Poisoned(reason.into());
         }
-        if let Some((place, needed)) = &self.full {
-            return ReplicaState::Full { place: place.clone(), needed: *needed };
+        if let Some((claim, (place, needed))) = self.full.first_key_value() {
+            return ReplicaState::Full { claim: *claim, place: place.clone(), needed: *needed };
         }
         match self.manifest.rolling_back {
             Some(to) => ReplicaState::RollingBack(to),

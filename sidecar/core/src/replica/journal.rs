@@ -28,7 +28,7 @@ const SEGMENT_VERSION: u16 = 1;
 /// Bytes of a segment's header.
 pub const SEGMENT_HEADER_BYTES: u64 = 64;
 /// Bytes of a record's header, before the frame's own header.
-pub const RECORD_HEADER_BYTES: usize = 48;
+pub const RECORD_HEADER_BYTES: usize = 56;
 const RECORD_MAGIC: u32 = u32::from_le_bytes(*b"WREC");
 
 /// Identifies a frame within a folder.
@@ -81,6 +81,16 @@ impl StoredFrame {
 }
 
 impl StoredFrame {
+    /// Did all of the payload reach the medium?
+    fn payload_is_whole<M: Storage>(&self, meta: &M) -> Result<bool, ReplicaError> {
+        if self.in_image {
+            return Ok(true);
+        }
+        let mut payload = vec![0; self.header.payload_bytes as usize];
+        read_exact(meta, &self.segment_name(), self.payload_at, &mut payload)?;
+        Ok(self.header.check_crc(&payload).is_ok())
+    }
+
     /// Read part of a raw payload, unchecked: the record's CRC was checked when it arrived or was loaded.
     pub fn read_raw<M: Storage>(&self, meta: &M, offset: u64, part: &mut [u8]) -> Result<(), ReplicaError> {
         read_exact(meta, &self.segment_name(), self.payload_at + offset, part)
@@ -115,6 +125,8 @@ pub(crate) struct Journal {
     open: Option<u64>,
     next_segment: u64,
     next_record: u64,
+    /// Records with lower numbers were durable at the last sync.
+    synced_below: u64,
     /// Staged: not in any commit.
     frames: BTreeMap<FrameKey, Arc<StoredFrame>>,
     /// Listed by a committed generation that is not applied.
@@ -123,6 +135,8 @@ pub(crate) struct Journal {
     unsynced: Vec<FrameKey>,
     dirty: BTreeSet<u64>,
     folder_dirty: bool,
+    /// Segments with torn records behind their last good one, found when they were loaded.
+    torn: Vec<u64>,
 }
 
 /// File name of a segment.
@@ -150,15 +164,20 @@ impl Journal {
             open: None,
             next_segment: 1,
             next_record: 1,
+            synced_below: 1,
             frames: BTreeMap::new(),
             committed: BTreeMap::new(),
             unsynced: Vec::new(),
             dirty: BTreeSet::new(),
             folder_dirty: false,
+            torn: Vec::new(),
         }
     }
 
-    /// Read all segments, checking every record. Writes nothing. All frames found count as needed until told otherwise.
+    /// Read all segments. Writes nothing. All frames found count as staged until told otherwise.
+    ///
+    /// Each record says which records were durable when it was written. Only the payloads of those that no record says so
+    /// of are read and checked here; decay of older ones is found when they are applied, read or verified.
     pub fn load<M: Storage>(
         meta: &M,
         names: &[String],
@@ -170,25 +189,37 @@ impl Journal {
         let mut found: Vec<(u64, &String)> =
             names.iter().filter_map(|name| Some((parse_segment_name(name)?, name))).collect();
         found.sort_unstable();
+        let mut scanned = Vec::new();
         for (segment, name) in found {
             journal.next_segment = journal.next_segment.max(segment + 1);
-            if !journal.load_segment(meta, segment, name)? {
-                unfinished.push(Unfinished(name.clone()));
+            match journal.scan_segment(meta, segment, name)? {
+                Some(records) => scanned.push((segment, records)),
+                None => unfinished.push(Unfinished(name.clone())),
             }
+        }
+        let records = scanned.iter().flat_map(|(_, records)| records);
+        let synced_below = records.map(|record| record.synced_below).max().unwrap_or(1);
+        for (segment, records) in scanned {
+            journal.take_records(meta, segment, records, synced_below)?;
         }
         Ok((journal, unfinished))
     }
 
-    /// `false` if the segment has no valid header.
-    fn load_segment<M: Storage>(&mut self, meta: &M, segment: u64, name: &str) -> Result<bool, ReplicaError> {
+    /// Find the records of a segment by their headers. `None` if the segment has no valid header.
+    fn scan_segment<M: Storage>(
+        &self,
+        meta: &M,
+        segment: u64,
+        name: &str,
+    ) -> Result<Option<Vec<Scanned>>, ReplicaError> {
         let length = meta.len(name)?;
         let mut header = [0; SEGMENT_HEADER_BYTES as usize];
         if length < SEGMENT_HEADER_BYTES {
-            return Ok(false);
+            return Ok(None);
         }
         read_exact(meta, name, 0, &mut header)?;
         match decode_segment_header(&header) {
-            None => return Ok(false),
+            None => return Ok(None),
             Some((version, ..)) if version > SEGMENT_VERSION => {
                 return Err(ReplicaError::newer(name, version, SEGMENT_VERSION));
             }
@@ -198,20 +229,37 @@ impl Journal {
             }
             Some(_) => {}
         }
-        self.segments.insert(segment, Segment { end: SEGMENT_HEADER_BYTES, ..Segment::default() });
+        let mut records: Vec<Scanned> = Vec::new();
         let mut at = SEGMENT_HEADER_BYTES;
-        let mut last = 0;
-        while let Some((number, frame)) = read_record(meta, name, segment, at, length)? {
-            if number <= last {
+        while let Some(record) = scan_record(meta, name, segment, at, length)? {
+            if records.last().is_some_and(|last| last.number >= record.number) {
                 break;
             }
-            last = number;
-            at += frame.record_bytes;
-            self.next_record = self.next_record.max(number + 1);
-            self.insert(frame);
-            self.segments.entry(segment).or_default().end = at;
+            at += record.frame.record_bytes;
+            records.push(record);
         }
-        Ok(true)
+        Ok(Some(records))
+    }
+
+    /// Take a segment's records up to the first whose payload is torn.
+    fn take_records<M: Storage>(
+        &mut self,
+        meta: &M,
+        segment: u64,
+        records: Vec<Scanned>,
+        synced_below: u64,
+    ) -> Result<(), ReplicaError> {
+        self.segments.insert(segment, Segment { end: SEGMENT_HEADER_BYTES, ..Segment::default() });
+        for record in records {
+            if record.number >= synced_below && !record.frame.payload_is_whole(meta)? {
+                self.torn.push(segment);
+                break;
+            }
+            self.next_record = self.next_record.max(record.number + 1);
+            self.segments.entry(segment).or_default().end += record.frame.record_bytes;
+            self.insert(record.frame);
+        }
+        Ok(())
     }
 
     /// Put a frame into the index; a second copy of a frame (compaction was interrupted) replaces the first.
@@ -295,7 +343,8 @@ impl Journal {
     ) -> Result<(), ReplicaError> {
         let segment = self.writable_segment(meta)?;
         let at = self.segments.get(&segment).expect("writable_segment inserts it").end;
-        let bytes = encode_record(segment, self.next_record, header, payload, in_image, base);
+        let numbers = (self.next_record, self.synced_below);
+        let bytes = encode_record(segment, numbers, header, payload, in_image, base);
         let written = meta.write(&segment_name(segment), at, &bytes);
         self.dirty.insert(segment);
         if let Err(error) = written {
@@ -342,6 +391,7 @@ impl Journal {
             self.dirty.remove(&segment);
         }
         self.sync_folder(meta)?;
+        self.synced_below = self.next_record;
         let mut durable = core::mem::take(&mut self.unsynced);
         durable.retain(|key| self.frames.contains_key(key) || self.committed.contains_key(key));
         Ok(durable)
@@ -355,8 +405,12 @@ impl Journal {
         Ok(())
     }
 
-    /// After a restart: what was read may still be in a page cache only, so sync it before anybody is told of it.
-    pub fn sync_all<M: Storage>(&mut self, meta: &mut M) -> Result<(), ReplicaError> {
+    /// After a restart. What was read may still be in a page cache only, so it is synced before anybody is told of it. Torn
+    /// records are cut off first: a later record will say that all before it are durable, and must not speak for them.
+    pub fn recover<M: Storage>(&mut self, meta: &mut M) -> Result<(), ReplicaError> {
+        for segment in core::mem::take(&mut self.torn) {
+            meta.truncate(&segment_name(segment), self.segments[&segment].end)?;
+        }
         self.dirty.extend(self.segments.keys());
         self.folder_dirty = true;
         self.sync(meta)?;
@@ -471,7 +525,7 @@ fn decode_segment_header(bytes: &[u8]) -> Option<(u16, u64, [u8; 16])> {
 
 fn encode_record(
     segment: u64,
-    number: u64,
+    (number, synced_below): (u64, u64),
     header: &FrameHeader,
     payload: &[u8],
     in_image: bool,
@@ -483,6 +537,7 @@ fn encode_record(
     bytes.put_u32(0);
     bytes.put_u64(segment);
     bytes.put_u64(number);
+    bytes.put_u64(synced_below);
     bytes.put_u64(base);
     bytes.put_u32(u32::from(in_image));
     bytes.put_u32(frame.len() as u32);
@@ -498,6 +553,7 @@ fn encode_record(
 /// A record's header, its own checksum checked. The payload is not.
 struct RecordHeader {
     number: u64,
+    synced_below: u64,
     frame: FrameHeader,
     in_image: bool,
     base: u64,
@@ -512,12 +568,13 @@ fn decode_record(bytes: &[u8], segment: u64) -> Option<RecordHeader> {
     let crc = reader.u32().ok()?;
     let found = reader.u64().ok()?;
     let number = reader.u64().ok()?;
+    let synced_below = reader.u64().ok()?;
     let base = reader.u64().ok()?;
     let flags = reader.u32().ok()?;
     let header_bytes = reader.u32().ok()? as usize;
     let payload_bytes = reader.u32().ok()?;
     reader.u32().ok()?;
-    if magic != RECORD_MAGIC || found != segment || flags > 1 {
+    if magic != RECORD_MAGIC || found != segment || flags > 1 || number == u64::MAX || synced_below > number {
         return None;
     }
     let encoded = reader.take(header_bytes).ok()?;
@@ -530,33 +587,34 @@ fn decode_record(bytes: &[u8], segment: u64) -> Option<RecordHeader> {
     if used != header_bytes || payload_bytes != expected {
         return None;
     }
-    Some(RecordHeader { number, frame, in_image, base, before_payload: (RECORD_HEADER_BYTES + header_bytes) as u64 })
+    let before_payload = (RECORD_HEADER_BYTES + header_bytes) as u64;
+    Some(RecordHeader { number, synced_below, frame, in_image, base, before_payload })
 }
 
-/// Read the record at `at`, its payload's checksum included. `Ok(None)` where the good records end.
-fn read_record<M: Storage>(
+/// A record found by its header; its payload is there in full length but unchecked.
+struct Scanned {
+    number: u64,
+    synced_below: u64,
+    frame: StoredFrame,
+}
+
+/// Read the header of the record at `at`. `Ok(None)` where the good records end.
+fn scan_record<M: Storage>(
     meta: &M,
     name: &str,
     segment: u64,
     at: u64,
     length: u64,
-) -> Result<Option<(u64, StoredFrame)>, ReplicaError> {
+) -> Result<Option<Scanned>, ReplicaError> {
     let mut head = vec![0; RECORD_HEADER_BYTES + FRAME_HEADER_BYTES_MAX];
     let read = meta.read(name, at, &mut head)?;
     let Some(record) = decode_record(&head[..read], segment) else {
         return Ok(None);
     };
     let payload_at = at + record.before_payload;
-    let payload_bytes = if record.in_image { 0 } else { record.frame.payload_bytes };
-    if payload_at + u64::from(payload_bytes) > length {
+    let payload_bytes = if record.in_image { 0 } else { u64::from(record.frame.payload_bytes) };
+    if payload_at + payload_bytes > length {
         return Ok(None);
-    }
-    if !record.in_image {
-        let mut payload = vec![0; payload_bytes as usize];
-        read_exact(meta, name, payload_at, &mut payload)?;
-        if record.frame.check_crc(&payload).is_err() {
-            return Ok(None);
-        }
     }
     let frame = StoredFrame {
         header: record.frame,
@@ -564,9 +622,9 @@ fn read_record<M: Storage>(
         base: record.base,
         segment,
         payload_at,
-        record_bytes: record.before_payload + u64::from(payload_bytes),
+        record_bytes: record.before_payload + payload_bytes,
     };
-    Ok(Some((record.number, frame)))
+    Ok(Some(Scanned { number: record.number, synced_below: record.synced_below, frame }))
 }
 
 /// Feed arbitrary bytes to the decoders of this file; for property tests and fuzzing.

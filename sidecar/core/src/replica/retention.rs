@@ -173,7 +173,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
             return Ok(false);
         }
         self.remove_oldest()?;
-        self.events.push(Event::UndoDropped { lost: vec![generation] });
+        self.report_event(Event::UndoDropped { lost: vec![generation] });
         Ok(true)
     }
 

@@ -49,7 +49,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
             return Ok(dropped);
         }
         self.abort_commit()?;
-        self.work = Work::Idle;
+        self.abandon_work()?;
         let in_pending = self.pending.iter().position(|pending| pending.mark.generation == to);
         let applied = self.manifest.applied.map(|mark| mark.generation);
         // Back to what is applied, with no image write begun: nothing to undo.
@@ -96,8 +96,9 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
             return Ok(Progress::Working { generation: to, phase: Phase::RollingBack });
         }
         for disk in &work.touched {
-            self.images.sync(DiskIndex(*disk))?;
+            self.sync_image(*disk)?;
         }
+        self.full.clear();
         self.finish_roll_back(work)?;
         Ok(Progress::RolledBack(to))
     }
@@ -145,7 +146,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         for info in &work.steps {
             remove_if_there(&mut self.meta, &info.name)?;
         }
-        self.events.push(Event::RolledBack(work.to));
+        self.report_event(Event::RolledBack(work.to));
         Ok(())
     }
 
@@ -160,7 +161,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
     fn adopt_mark(&mut self, mark: Mark) -> Result<Vec<Generation>, ReplicaError> {
         let lost = self.kept().iter().map(|kept| kept.generation).filter(|kept| *kept != mark.generation).collect();
         self.abort_commit()?;
-        self.work = Work::Idle;
+        self.abandon_work()?;
         self.write_manifest(|manifest| {
             manifest.virgin = false;
             manifest.newest = Some(mark);

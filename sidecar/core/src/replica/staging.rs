@@ -6,7 +6,7 @@
 //! is not overwritten: a newer frame for it goes through the journal like any other.
 
 use super::{
-    Images, ReplicaError, ReplicaStore,
+    Claim, Images, ReplicaError, ReplicaStore,
     journal::{FrameKey, Journal},
 };
 use crate::{
@@ -156,9 +156,13 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         }
         let header = frame.header();
         let written = self.write_extents(header, frame.content());
-        if written.is_err() {
-            self.residue = true;
-        }
+        match written {
+            Ok(()) => self.full.remove(&Claim::Data),
+            Err(_) => {
+                self.residue = true;
+                None
+            }
+        };
         written
     }
 
@@ -190,15 +194,17 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
     pub(crate) fn write_image(&mut self, disk: DiskIndex, start: u64, content: &[u8]) -> Result<(), ReplicaError> {
         let offset = start * BLOCK_BYTES;
         let inside = (content.len() as u64).min(self.manifest.disk_bytes[usize::from(disk.0)].saturating_sub(offset));
-        self.images.write(disk, offset, &content[..inside as usize])?;
-        Ok(())
+        self.images.write(disk, offset, &content[..inside as usize]).map_err(ReplicaError::Image)
     }
 
     pub(crate) fn zero_image(&mut self, disk: DiskIndex, start: u64, blocks: u64) -> Result<(), ReplicaError> {
         let offset = start * BLOCK_BYTES;
         let inside = (blocks * BLOCK_BYTES).min(self.manifest.disk_bytes[usize::from(disk.0)].saturating_sub(offset));
-        self.images.zero(disk, offset, inside)?;
-        Ok(())
+        self.images.zero(disk, offset, inside).map_err(ReplicaError::Image)
+    }
+
+    pub(crate) fn sync_image(&mut self, disk: u16) -> Result<(), ReplicaError> {
+        self.images.sync(DiskIndex(disk)).map_err(ReplicaError::Image)
     }
 
     /// Make everything staged so far durable; returns what became so. One sync for many frames.
@@ -211,7 +217,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
     pub(crate) fn sync_all_staged(&mut self) -> Result<Vec<FrameKey>, ReplicaError> {
         // The image first: a record must never vouch for content that is not durable.
         while let Some(disk) = self.dirty_disks.first().copied() {
-            self.images.sync(DiskIndex(disk))?;
+            self.sync_image(disk)?;
             self.dirty_disks.remove(&disk);
         }
         while let Some((key, frame)) = self.unjournaled.first_key_value().map(|(key, frame)| (*key, frame.clone())) {
@@ -284,12 +290,17 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
     ) -> Result<T, ReplicaError> {
         loop {
             match work(self) {
-                Err(error) if error.no_space().is_some() => {
+                Err(error) if error.no_space().is_some_and(|(claim, _)| claim == Claim::Metadata) => {
                     if !self.drop_oldest_undo()? {
                         return Err(error);
                     }
                 }
-                outcome => return outcome,
+                outcome => {
+                    if outcome.is_ok() {
+                        self.full.remove(&Claim::Metadata);
+                    }
+                    return outcome;
+                }
             }
         }
     }

@@ -4,7 +4,7 @@
 //! interrupted work left behind (unfinished files, retired lists, orphaned undo) is removed only after that.
 
 use super::{
-    Event, Images, Mark, ReplicaError, View, ViewCache,
+    Claim, Event, Images, Mark, ReplicaError, View, ViewCache,
     apply::Work,
     commit::Committing,
     delta::DeltaMap,
@@ -19,6 +19,7 @@ use super::{
 use crate::{
     frame::Decompress,
     geometry::{DiskIndex, Extent, Generation, Session, blocks_for},
+    limits::DISK_BYTES_MAX,
     slots::SlotFile,
     storage::{Storage, StorageError},
 };
@@ -35,6 +36,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes read at a time when content is digested.
 const DIGEST_CHUNK_BYTES: u64 = 1 << 20;
+
+/// Most events kept for a caller who does not take them.
+const EVENTS_MAX: usize = 1024;
 
 /// How an engine behaves; nothing of it is durable.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -92,7 +96,7 @@ pub struct ReplicaStore<M, D> {
     pub(crate) stamps: Arc<AtomicU64>,
     pub(crate) events: Vec<Event>,
     /// What the last refusal for want of room asked for.
-    pub(crate) full: Option<(String, u64)>,
+    pub(crate) full: BTreeMap<Claim, (String, u64)>,
     poisoned: Option<String>,
     undo_cache: BTreeMap<String, Weak<UndoIndex>>,
 }
@@ -199,7 +203,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
             pins: BTreeMap::new(),
             stamps: Arc::new(AtomicU64::new(0)),
             events: Vec::new(),
-            full: None,
+            full: BTreeMap::new(),
             poisoned: None,
             undo_cache: BTreeMap::new(),
         }
@@ -302,9 +306,9 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         for name in &orphans {
             remove_if_there(&mut self.meta, name)?;
         }
-        self.journal.sync_all(&mut self.meta)?;
+        self.journal.recover(&mut self.meta)?;
         for disk in core::mem::take(&mut self.dirty_disks) {
-            self.images.sync(DiskIndex(disk))?;
+            self.sync_image(disk)?;
         }
         Ok(())
     }
@@ -323,27 +327,26 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
     /// Remember what an operation's outcome means for the next one: want of room is a state that passes, a failed medium is not.
     pub(crate) fn note<T>(&mut self, outcome: Result<T, ReplicaError>) -> Result<T, ReplicaError> {
         match outcome {
-            Ok(value) => {
-                self.full = None;
-                Ok(value)
-            }
+            Ok(value) => Ok(value),
             Err(error) => Err(self.note_error(error)),
         }
     }
 
     fn note_error(&mut self, error: ReplicaError) -> ReplicaError {
-        if let Some(place) = error.no_space() {
-            let needed = self.room_needed();
-            let full = (String::from(place), needed);
-            self.full = Some(full.clone());
-            return ReplicaError::Full { place: full.0, needed };
+        if let Some((claim, place)) = error.no_space() {
+            let (place, needed) = (String::from(place), self.room_needed());
+            self.full.insert(claim, (place.clone(), needed));
+            return ReplicaError::Full { claim, place, needed };
         }
         match &error {
-            ReplicaError::Storage(_) | ReplicaError::Slot(_) | ReplicaError::Corrupt { .. } => {
+            ReplicaError::Storage(_)
+            | ReplicaError::Image(_)
+            | ReplicaError::Slot(_)
+            | ReplicaError::Corrupt { .. } => {
                 self.poisoned = Some(format!("{error}"));
             }
-            ReplicaError::Full { place, needed } => self.full = Some((place.clone(), *needed)),
-            ReplicaError::ApplyFirst
+            ReplicaError::Full { .. }
+            | ReplicaError::ApplyFirst
             | ReplicaError::JournalTooSmall { .. }
             | ReplicaError::NewerVersion { .. }
             | ReplicaError::Frame(_)
@@ -494,6 +497,27 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         Ok(*hasher.finalize().as_bytes())
     }
 
+    /// A disk has grown (the claim first, then this; growth is adopted at a VM start, replica first). Durable when this
+    /// returns. Shrinking is refused.
+    pub fn grow_disk(&mut self, disk: DiskIndex, bytes: u64) -> Result<(), ReplicaError> {
+        self.guard()?;
+        let outcome = self.grow(disk, bytes);
+        self.note(outcome)
+    }
+
+    fn grow(&mut self, disk: DiskIndex, bytes: u64) -> Result<(), ReplicaError> {
+        let at = usize::from(disk.0);
+        let recorded = self.manifest.disk_bytes.get(at).copied().unwrap_or(u64::MAX);
+        if bytes < recorded || bytes > DISK_BYTES_MAX {
+            return Err(ReplicaError::OutOfRange { disk: disk.0, block: blocks_for(bytes) });
+        }
+        self.images.grow(disk, bytes).map_err(ReplicaError::Image)?;
+        self.sync_image(disk.0)?;
+        self.write_manifest(|manifest| manifest.disk_bytes[at] = bytes)?;
+        self.outdate_views();
+        Ok(())
+    }
+
     /// Refuse extents that are not on the disk.
     pub(crate) fn check_extents(&self, disk: DiskIndex, extents: &[Extent]) -> Result<(), ReplicaError> {
         let Some(bytes) = self.manifest.disk_bytes.get(usize::from(disk.0)) else {
@@ -522,6 +546,13 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
     pub fn into_parts(self) -> (M, D) {
         (self.meta, self.images)
     }
+    /// Remember something to tell; the oldest is forgotten when nobody asks.
+    pub(crate) fn report_event(&mut self, event: Event) {
+        if self.events.len() == EVENTS_MAX {
+            self.events.remove(0);
+        }
+        self.events.push(event);
+    }
     /// What happened since the last call that a person or a metric should hear of.
     pub fn take_events(&mut self) -> Vec<Event> {
         core::mem::take(&mut self.events)
@@ -539,7 +570,7 @@ pub(crate) fn is_ours(name: &str) -> bool {
 
 fn check_images<D: Images>(images: &D, manifest: &Manifest) -> Result<(), ReplicaError> {
     for (disk, expected) in (0u16..).zip(&manifest.disk_bytes) {
-        let found = images.size_bytes(DiskIndex(disk))?;
+        let found = images.size_bytes(DiskIndex(disk)).map_err(ReplicaError::Image)?;
         if found < *expected {
             return Err(ReplicaError::DiskSmaller { disk, found, expected: *expected });
         }

@@ -141,8 +141,28 @@ impl UndoWriter {
         Ok(())
     }
 
-    /// Add consecutive blocks with their old content; runs of zero blocks are kept without data.
+    /// Add consecutive blocks with their old content; runs of zero blocks are kept without data. After a failure nothing
+    /// of it was added, so that the same call may be repeated when there is room.
     pub fn add<M: Storage>(&mut self, meta: &mut M, disk: u16, start: u64, content: &[u8]) -> Result<(), ReplicaError> {
+        let before = (self.entries.len(), self.entries.last().copied(), self.data_blocks);
+        let added = self.add_runs(meta, disk, start, content);
+        if added.is_err() {
+            self.entries.truncate(before.0);
+            if let (Some(last), Some(entry)) = (self.entries.last_mut(), before.1) {
+                *last = entry;
+            }
+            self.data_blocks = before.2;
+        }
+        added
+    }
+
+    fn add_runs<M: Storage>(
+        &mut self,
+        meta: &mut M,
+        disk: u16,
+        start: u64,
+        content: &[u8],
+    ) -> Result<(), ReplicaError> {
         self.start(meta)?;
         let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
         let blocks: Vec<&[u8]> = content.chunks(BLOCK_BYTES as usize).collect();
@@ -155,15 +175,15 @@ impl UndoWriter {
             }
             let run = (to - from) as u32;
             let first = start + from as u64;
-            if zero {
-                self.push(UndoEntry { start: first, blocks: run, disk, zero, at: 0, crc32: 0 });
-            } else {
+            let mut entry = UndoEntry { start: first, blocks: run, disk, zero, at: 0, crc32: 0 };
+            if !zero {
                 let data = &content[from * BLOCK_BYTES as usize..to * BLOCK_BYTES as usize];
                 meta.write(&self.name, data_offset(self.data_blocks), data)?;
-                let at = self.data_blocks;
-                self.push(UndoEntry { start: first, blocks: run, disk, zero, at, crc32: crc32(&[data]) });
+                entry.at = self.data_blocks;
+                entry.crc32 = crc32(&[data]);
                 self.data_blocks += u64::from(run);
             }
+            self.push(entry);
             from = to;
         }
         Ok(())

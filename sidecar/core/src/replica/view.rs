@@ -108,7 +108,7 @@ impl View {
             let part = &mut buf[(from - offset) as usize..(to - offset) as usize];
             match origin {
                 Origin::Zero => part.fill(0),
-                Origin::Image => images.read(disk, from, part)?,
+                Origin::Image => images.read(disk, from, part).map_err(ReplicaError::Image)?,
                 Origin::Undo(index, at) => {
                     let name = &index.info.name;
                     super::read_exact(meta, name, data_offset(at) + skip, part)?;
