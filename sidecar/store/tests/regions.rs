@@ -402,6 +402,26 @@ fn forgetting_never_races_with_a_write() {
     assert!(writes > 100 && forgotten > 100);
 }
 
+/// A region forgotten while the write that logged it, together with a neighbour, is still on its way: when that write
+/// settles the region must stay unlogged, since the file will lose it.
+#[test]
+fn a_region_forgotten_while_its_sector_is_being_written_stays_forgotten() {
+    let f = fixture();
+    assert_eq!(f.ensure(10), Logged::Logged);
+    f.medium.hangs.store(true, SeqCst);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| f.ensure(500));
+        f.wait_for("the write to be on its way", || f.medium.writes.load(SeqCst) >= 2);
+        assert_eq!(f.log.forget(&[10], |_, _, _| true), 1);
+        f.medium.free();
+        assert_eq!(writer.join().expect("writer"), Logged::Logged);
+    });
+    let block = Block(10 * REGION_BLOCKS);
+    assert!(!f.log.is_logged(DISK, block, block), "the file will lose it");
+    f.wait_for("the file to lose it", || !f.in_file(10));
+    assert!(f.in_file(500));
+}
+
 #[test]
 fn heartbeats_show_until_when_the_log_worked() {
     // The interval is ten seconds, so this test lets one pass.
@@ -438,6 +458,22 @@ fn a_log_file_is_found_again_and_a_torn_sector_makes_its_regions_dirty() {
     assert_eq!(read.bad_sectors, 1);
     assert!((3968..7936).all(|n| read.dirty.contains(n)) && !read.dirty.contains(100));
     assert!(matches!(read_log(folder.path(), PairId([0; 16]), &layout()), Err(LogUnusable::Refused(_))));
+}
+
+#[test]
+fn a_log_of_a_newer_build_is_not_replaced() {
+    let folder = tempfile::tempdir().expect("folder");
+    let all = RegionSet::all(&layout());
+    FileMedium::create(folder.path(), &header(1), &layout(), &all).expect("file");
+    let path = folder.path().join(LOG_NAME);
+    let mut bytes = std::fs::read(&path).expect("bytes");
+    bytes[8] = 2;
+    let crc = crc32fast::hash(&bytes[..1020]);
+    bytes[1020..1024].copy_from_slice(&crc.to_le_bytes());
+    std::fs::write(&path, &bytes).expect("a newer format");
+    let refused = FileMedium::create(folder.path(), &header(2), &layout(), &all).err().expect("refused");
+    assert!(refused.to_string().contains("version 2"), "{refused}");
+    assert_eq!(std::fs::read(&path).expect("bytes"), bytes);
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub struct FileMedium {
 
 impl FileMedium {
     /// Write a complete new log with `regions` set, durably, and give it the log's name in `folder`; an older one is
-    /// replaced only then. All later writes overwrite it in place, so a full folder cannot stop them on file systems
+    /// replaced only then; one of a newer format is refused and left as it is. All later writes overwrite it in place, so a full folder cannot stop them on file systems
     /// that overwrite in place.
     pub fn create(
         folder: &Path,
@@ -50,6 +50,15 @@ impl FileMedium {
         layout: &RegionLayout,
         regions: &RegionSet,
     ) -> io::Result<FileMedium> {
+        let mut existing = Vec::new();
+        match File::open(folder.join(LOG_NAME)) {
+            Ok(file) => drop(file.take(log::HEADER_BYTES as u64).read_to_end(&mut existing)?),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+        if let Err(newer @ LogRefused::NewerVersion { .. }) = log::decode_header(&existing) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, newer));
+        }
         let new = folder.join(LOG_NAME_NEW);
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&new);
         let file = open?;
