@@ -87,13 +87,14 @@ if [ ${#missing[@]} -gt 0 ]; then
         release=$codename-backports
         if [ "$(candidate_major "$release" 2>/dev/null || echo 0)" -lt $QEMU_MAJOR_MIN ]; then
             # The mirror is the one that already serves this release here; nothing else is assumed about the network.
-            IFS='|' read -r uri signed_by < <(apt-get indextargets --format '$(RELEASE)|$(COMPONENT)|$(REPO_URI)|$(SIGNED_BY)' \
-                'Created-By: Packages' | sed -n "s/^$codename|main|//p" | head -n 1) || true
-            [ -n "${uri:-}" ] || die "no apt source for '$codename main' found to derive the backports mirror from"
+            uri=$(apt-get indextargets --format '$(RELEASE)|$(COMPONENT)|$(REPO_URI)' 'Created-By: Packages' |
+                sed -n "s/^$codename|main|//p" | sed -n 1p)
+            [ -n "$uri" ] || die "no apt source for '$codename main' found to derive the backports mirror from"
             say "adding $release from this machine's own mirror"
+            keyring=/usr/share/keyrings/debian-archive-keyring.gpg
             {
                 printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\n' "$uri" "$release"
-                [ -z "${signed_by:-}" ] || printf 'Signed-By: %s\n' "$signed_by"
+                [ ! -e $keyring ] || printf 'Signed-By: %s\n' $keyring
             } >/etc/apt/sources.list.d/watari-backports.sources
             updated=
             update_lists
@@ -124,10 +125,10 @@ if [ -s "$cache/kernel/vmlinuz" ] && [ -s "$cache/kernel/modules.dep" ]; then
 else
     # The meta package names the current kernel; an image package that is already installed would do as well, but the
     # tests must not depend on what the machine itself boots.
-    image=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^  Depends: \(linux-image-.*\)$/\1/p' | head -n 1)
+    image=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^  Depends: \(linux-image-.*\)$/\1/p' | sed -n 1p)
     if [ -z "$image" ]; then
         update_lists
-        image=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^  Depends: \(linux-image-.*\)$/\1/p' | head -n 1)
+        image=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^  Depends: \(linux-image-.*\)$/\1/p' | sed -n 1p)
     fi
     [ -n "$image" ] || die "linux-image-cloud-amd64 is in no apt source"
     say "guest kernel: downloading $image"
@@ -154,6 +155,7 @@ else
 fi
 
 # --- the rest -------------------------------------------------------------------------------------------------------------
-command -v cargo >/dev/null || die "cargo is missing: install Rust with rustup (Debian's own is too old for this workspace)"
+# Not an error: under sudo the caller's cargo is often out of sight.
+command -v cargo >/dev/null || say "note: no cargo in PATH; the build needs Rust from rustup (Debian's own is too old for this workspace)"
 [ -c /dev/net/tun ] || say "warning: /dev/net/tun is missing; the WAN emulator needs it (modprobe tun)"
 say "ready: $(qemu-system-x86_64 --version | head -n 1)"
