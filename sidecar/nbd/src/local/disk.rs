@@ -79,6 +79,20 @@ impl Around for Plain {
     }
 }
 
+/// Shared with the rest of the engine.
+impl<A: Around> Around for Arc<A> {
+    type Ticket = A::Ticket;
+    fn before(&self, request: &Request) -> Prologue<A::Ticket> {
+        A::before(self, request)
+    }
+    fn before_blocking(&self, request: &Request, file: &LocalFile) -> Result<A::Ticket, Errno> {
+        A::before_blocking(self, request, file)
+    }
+    fn after(&self, request: &Request, ticket: A::Ticket, result: Result<(), Errno>) -> Result<(), Errno> {
+        A::after(self, request, ticket, result)
+    }
+}
+
 /// How to open a [`LocalDisk`].
 #[derive(Clone, Debug)]
 pub struct LocalDiskConfig {
