@@ -237,9 +237,9 @@ pub enum PkiAction {
 
 #[derive(Args, Debug, Clone)]
 pub struct Inspect {
-    /// The sidecar's folder.
-    #[arg(long, value_name = "DIR")]
-    pub folder: PathBuf,
+    /// The sidecar's configuration file: it names the folder and the disks.
+    #[arg(long, short, value_name = "FILE")]
+    pub config: PathBuf,
     #[command(subcommand)]
     pub action: InspectAction,
 }

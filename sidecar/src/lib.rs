@@ -5,6 +5,7 @@ pub mod config;
 pub mod control;
 pub mod engine;
 pub mod identity;
+pub mod inspect;
 pub mod logging;
 pub mod metrics;
 pub mod pki;

@@ -1,70 +1,162 @@
-//! `watari-sidecar`: one binary, several subcommands; this file only picks one.
+//! The binary: parses the command line, sets up logging, and hands over to one shell. Nothing is decided here.
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
+use anyhow::Context;
 use clap::Parser;
 use watari_sidecar::{
-    cli::{Cli, Command, CtlIntent, EXIT_FAILED, EXIT_REFUSED, PkiAction, Run, Target},
-    config::{Config, Overrides},
+    cli::{Cli, Command, Ctl, CtlIntent, EXIT_FAILED, EXIT_REFUSED, Pki, PkiAction, Run, Status, Target},
+    config::{
+        Config, Overrides,
+        world::{self, Start},
+    },
     control::client::Client,
     engine::steering::{Intent, Settings},
-    logging, status, supervisor, worker,
+    inspect, logging, pki, status,
+    supervisor::{self, Worker},
+    worker,
 };
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Err(error) = logging::init(&cli.log, cli.log_format) {
-        eprintln!("watari-sidecar: {error}");
-        return ExitCode::from(EXIT_REFUSED);
+        return refused(&error.into());
     }
-    match &cli.command {
-        Command::Primary(run) => serve(run, true),
-        Command::Replica(run) => serve(run, false),
-        Command::Pki(pki) => said(match &pki.action {
-            PkiAction::New { out, site, pair, days } => watari_sidecar::pki::new_pair(out, site, *pair, *days),
-            PkiAction::Renew { out, site, days } => watari_sidecar::pki::renew(out, site, *days),
-        }),
-        Command::Status(status) => said(ask(&status.target, async |socket| {
-            let look = status::Look { once: status.once, json: status.json, every: status.every };
-            status::show(&socket, look).await.map(|()| String::new()).map_err(anyhow::Error::from)
-        })),
-        Command::Ctl(ctl) => said(ask(&ctl.target, async |socket| {
-            let mut client = Client::connect(&socket).await?;
-            Ok(client.intent(intent(&ctl.intent), ctl.timeout).await?)
-        })),
-        Command::Inspect(_) => {
-            eprintln!("watari-sidecar: inspect is not part of this build yet");
-            ExitCode::from(EXIT_FAILED)
-        }
-    }
-}
-
-/// Print what was said, or why not.
-fn said<E: std::fmt::Display>(result: Result<String, E>) -> ExitCode {
-    match result {
-        Ok(text) if text.is_empty() => ExitCode::SUCCESS,
-        Ok(text) => {
-            println!("{text}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("watari-sidecar: {error:#}");
-            ExitCode::from(EXIT_FAILED)
-        }
-    }
-}
-
-/// Find the control socket and run `question` on a small runtime.
-fn ask<F: Future<Output = anyhow::Result<String>>>(
-    target: &Target,
-    question: impl FnOnce(PathBuf) -> F,
-) -> anyhow::Result<String> {
-    let socket = match (&target.socket, &target.config) {
-        (Some(socket), _) => socket.clone(),
-        (None, Some(file)) => Config::load(file, &Overrides::default())?.control_socket,
-        (None, None) => anyhow::bail!("name a configuration (--config) or a control socket (--socket)"),
+    let outcome = match &cli.command {
+        Command::Primary(run) => return serve(run, Start::Primary),
+        Command::Replica(run) => return serve(run, Start::Replica),
+        Command::Inspect(inspect) => inspect::run(inspect).map_err(anyhow::Error::from),
+        Command::Status(status) => show(status),
+        Command::Ctl(ctl) => steer(ctl),
+        Command::Pki(pki) => certify(pki),
     };
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(question(socket))
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error),
+    }
+}
+
+fn refused(error: &anyhow::Error) -> ExitCode {
+    eprintln!("watari-sidecar: refused: {error:#}");
+    ExitCode::from(EXIT_REFUSED)
+}
+
+/// A reader that has gone (`| head`) is no failure worth a word.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    let gone = error.chain().any(|cause| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+    });
+    if !gone {
+        eprintln!("watari-sidecar: {error:#}");
+    }
+    ExitCode::from(EXIT_FAILED)
+}
+
+/// `primary` and `replica`: as the supervisor, or as its worker. Both read the configuration, so that a refusal comes
+/// before a worker and after an upgrade alike.
+fn serve(run: &Run, start: Start) -> ExitCode {
+    let config = match Config::load(&run.config, &run.overrides()) {
+        Ok(config) => config,
+        Err(error) => return refused(&error.into()),
+    };
+    if let Err(error) = world::check(&config, start) {
+        return refused(&error.into());
+    }
+    if run.check {
+        return match print(&summary(&config, start)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&error),
+        };
+    }
+    if run.worker.worker || run.no_supervisor {
+        return work(config, run, start);
+    }
+    // Whatever happens to the file on disk (an upgrade), this is the program that runs.
+    let program = run.worker.fake_worker.clone().unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
+    let worker = Worker { program, arguments: std::env::args_os().skip(1).collect() };
+    match supervisor::supervise(&worker) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => failed(&error.into()),
+    }
+}
+
+fn work(config: Config, run: &Run, start: Start) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("watari").build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&anyhow::Error::new(error).context("cannot start the runtime")),
+    };
+    match runtime.block_on(worker::run(config, start == Start::Primary, &run.worker)) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => refused(&error.into()),
+    }
+}
+
+/// What `--check` says.
+fn summary(config: &Config, start: Start) -> String {
+    let mut text = format!(
+        "{} is valid: {} of pair {} ({}) at site {}\n",
+        config.file.display(),
+        match start {
+            Start::Primary => "primary",
+            Start::Replica => "replica",
+        },
+        config.pair.name,
+        config.pair.id,
+        config.site
+    );
+    for disk in &config.disks {
+        text.push_str(&format!("  disk {}: {} on {}\n", disk.name, disk.path.display(), disk.socket.display()));
+    }
+    text.push_str(&format!(
+        "  listens on {}, dials {} as {}\n  control socket {}\n",
+        config.listen,
+        config.peer.addresses.join(", "),
+        config.peer.server_name,
+        config.control_socket.display()
+    ));
+    text
+}
+
+/// Standard output may be a closed pipe; that is an error like any other, not a panic.
+fn print(text: &str) -> anyhow::Result<()> {
+    std::io::stdout().write_all(text.as_bytes()).context("cannot print")
+}
+
+fn socket(target: &Target) -> anyhow::Result<PathBuf> {
+    match (&target.socket, &target.config) {
+        (Some(socket), _) => Ok(socket.clone()),
+        (None, Some(config)) => Ok(Config::load(config, &Overrides::default())?.control_socket),
+        (None, None) => anyhow::bail!("give --config or --socket"),
+    }
+}
+
+fn client_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")
+}
+
+fn show(options: &Status) -> anyhow::Result<()> {
+    let look = status::Look { once: options.once, json: options.json, every: options.every };
+    Ok(client_runtime()?.block_on(status::show(&socket(&options.target)?, look))?)
+}
+
+fn steer(ctl: &Ctl) -> anyhow::Result<()> {
+    let path = socket(&ctl.target)?;
+    let answer = client_runtime()?.block_on(ask(&path, ctl))?;
+    print(&format!("{answer}\n"))
+}
+
+async fn ask(path: &Path, ctl: &Ctl) -> anyhow::Result<String> {
+    let mut timeout = ctl.timeout;
+    if let CtlIntent::Cut { wait } = &ctl.intent {
+        // The sidecar answers after `wait`; asking for less would make that wait useless.
+        timeout = timeout.max(*wait + std::time::Duration::from_secs(5));
+    }
+    let mut client = Client::connect(path).await?;
+    Ok(client.intent(intent(&ctl.intent), timeout).await?)
 }
 
 fn intent(asked: &CtlIntent) -> Intent {
@@ -72,7 +164,7 @@ fn intent(asked: &CtlIntent) -> Intent {
         CtlIntent::Cut { wait } => Intent::Cut { wait },
         CtlIntent::Set { interval, bandwidth, paused, slow_down } => Intent::Configure(Settings {
             interval,
-            bandwidth_bits_per_second: bandwidth.map(watari_sidecar::throttle::Limit::bits),
+            bandwidth_bits_per_second: bandwidth.map(|limit| limit.bits()),
             paused,
             slow_down,
         }),
@@ -86,43 +178,10 @@ fn intent(asked: &CtlIntent) -> Intent {
     }
 }
 
-fn serve(run: &Run, front_end: bool) -> ExitCode {
-    let config = match Config::load(&run.config, &run.overrides()) {
-        Ok(config) => config,
-        Err(error) => {
-            eprintln!("watari-sidecar: {error}");
-            return ExitCode::from(EXIT_REFUSED);
-        }
+fn certify(options: &Pki) -> anyhow::Result<()> {
+    let said = match &options.action {
+        PkiAction::New { out, site, pair, days } => pki::new_pair(out, site, *pair, *days)?,
+        PkiAction::Renew { out, site, days } => pki::renew(out, site, *days)?,
     };
-    if run.worker.worker || run.no_supervisor {
-        let runtime = match tokio::runtime::Runtime::new() {
-            Ok(runtime) => runtime,
-            Err(error) => {
-                eprintln!("watari-sidecar: {error}");
-                return ExitCode::from(EXIT_FAILED);
-            }
-        };
-        return match runtime.block_on(worker::run(config, front_end, &run.worker)) {
-            Ok(code) => ExitCode::from(code),
-            Err(error) => {
-                eprintln!("watari-sidecar: {error}");
-                ExitCode::from(EXIT_REFUSED)
-            }
-        };
-    }
-    let program = match std::env::current_exe() {
-        Ok(program) => program,
-        Err(error) => {
-            eprintln!("watari-sidecar: {error}");
-            return ExitCode::from(EXIT_FAILED);
-        }
-    };
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    match supervisor::supervise(&supervisor::Worker { program, arguments }) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            eprintln!("watari-sidecar: {error}");
-            ExitCode::from(EXIT_FAILED)
-        }
-    }
+    print(&said)
 }

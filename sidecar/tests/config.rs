@@ -260,17 +260,22 @@ fn the_world_is_looked_at_before_anything_is_touched() {
         Err(ConfigError::Refused(refusals)) => refusals.into_iter().map(|refusal| refusal.field).collect(),
         Err(other) => panic!("{other}"),
     };
-    assert_eq!(fields(Start::Primary), ["tls.ca", "tls.certificate", "tls.key", "folder", "disk[0].path"]);
+    assert_eq!(fields(Start::Primary), ["tls.ca", "tls.certificate", "tls.key", "disk[0].path"]);
+    let astray = parse(&text.replace("/state", "/no/such/state")).unwrap();
+    let words = world::check(&astray, Start::Replica).unwrap_err().to_string();
+    assert!(words.contains("`folder`: found") && words.contains("/no/such: does not exist"), "{words}");
+    let sizeless = parse(&text.replace("size = \"2MiB\"", "")).unwrap();
+    let words = world::check(&sizeless, Start::Replica).unwrap_err().to_string();
+    assert!(words.contains("disk[0].size"), "{words}");
     for name in ["ca.crt", "tls.crt", "tls.key"] {
         fs::write(folder.path().join(name), "").unwrap();
     }
-    fs::create_dir(folder.path().join("state")).unwrap();
     assert_eq!(fields(Start::Replica), [""; 0], "a replica makes its images");
     fs::write(folder.path().join("root.img"), vec![0; 1 << 20]).unwrap();
     assert_eq!(fields(Start::Primary), ["disk[0].size"], "smaller than recorded");
     fs::write(folder.path().join("root.img"), vec![0; 3 << 20]).unwrap();
     assert_eq!(fields(Start::Primary), [""; 0], "larger is normal");
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 5, "nothing was made");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 4, "nothing was made");
 }
 
 proptest::proptest! {

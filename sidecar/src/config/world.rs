@@ -34,8 +34,8 @@ pub fn check(config: &Config, start: Start) -> Result<(), ConfigError> {
             refuse(field, found, "a readable PEM file", "make it with `watari-sidecar pki`, or mount the Secret");
         }
     }
-    if let Some(found) = not_a_folder(&config.folder) {
-        refuse("folder", found, "a folder", "create it on storage that survives the node (not a tmpfs)");
+    if let Some(found) = not_a_folder_to_be(&config.folder) {
+        refuse("folder", found, "a folder, or a name in one", "create it on storage that survives the node (not a tmpfs)");
     }
     for (index, disk) in config.disks.iter().enumerate() {
         match look_at(disk, start) {
@@ -91,6 +91,14 @@ fn look_at(disk: &Disk, start: Start) -> Result<(), Objection> {
         }
     }
     Ok(())
+}
+
+/// A folder that a first start makes is as good; a whole missing path is a mistake.
+fn not_a_folder_to_be(path: &Path) -> Option<String> {
+    match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => not_a_folder(path.parent().unwrap_or(Path::new("/"))),
+        _ => not_a_folder(path),
+    }
 }
 
 /// Bytes. A block device reports its size at its end, not in its metadata.

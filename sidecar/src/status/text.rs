@@ -189,8 +189,16 @@ pub fn seconds(seconds: f64) -> String {
 
 /// Time of day in UTC.
 pub fn clock(unix_millis: u64) -> String {
-    let time = i64::try_from(unix_millis).ok().and_then(|millis| jiff::Timestamp::from_millisecond(millis).ok());
-    time.map_or_else(|| "--:--:--Z".to_owned(), |time| time.strftime("%H:%M:%SZ").to_string())
+    time(unix_millis).map_or_else(|| "--:--:--Z".to_owned(), |time| time.strftime("%H:%M:%SZ").to_string())
+}
+
+/// Date and time of day in UTC.
+pub fn date(unix_millis: u64) -> String {
+    time(unix_millis).map_or_else(|| "at no known time".to_owned(), |time| time.strftime("%F %H:%M:%SZ").to_string())
+}
+
+fn time(unix_millis: u64) -> Option<jiff::Timestamp> {
+    jiff::Timestamp::from_millisecond(i64::try_from(unix_millis).ok()?).ok()
 }
 
 fn trust(trust: &str) -> String {
