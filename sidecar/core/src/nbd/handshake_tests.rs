@@ -1,5 +1,7 @@
 //! Tables and properties of the handshake: what every option, right or wrong, is answered with.
 
+#![allow(clippy::unwrap_used)]
+
 use std::string::{String, ToString};
 use std::vec;
 use std::vec::Vec;

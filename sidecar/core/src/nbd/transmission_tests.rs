@@ -1,5 +1,7 @@
 //! Tables and properties of requests and replies.
 
+#![allow(clippy::unwrap_used)]
+
 use std::vec;
 use std::vec::Vec;
 
