@@ -28,3 +28,6 @@ pub const FRAME_OVERHEAD_BYTES: u64 = 160;
 /// Longest read that one side serves for the other's attached guest, in bytes: QEMU's NBD client splits at 32 MiB, our
 /// front end at 1 MiB.
 pub const REMOTE_READ_BYTES_MAX: u64 = 4 << 20;
+/// Shortest time between two cuts while converging, in milliseconds: a generation costs the target a few syncs, and a
+/// handover waits for all of them to be applied.
+pub const CONVERGING_PAUSE_MILLIS: u64 = 100;

@@ -112,7 +112,7 @@ impl Window {
     }
 
     /// `bytes` became durable at `now`; the oldest of them was sent `delay` ago.
-    fn delivered(&mut self, now: u64, bytes: u64, delay: Option<u64>) {
+    fn delivered(&mut self, now: u64, bytes: u64, delay: Option<u64>, limited: bool) {
         self.delivered += bytes;
         if let Some(delay) = delay {
             // The smallest delay seen lately is the path's; a queue of our own making must not grow the window.
@@ -126,11 +126,11 @@ impl Window {
         if now > t0 + limits::RATE_SAMPLE_MILLIS_MIN {
             let rate = (self.delivered - d0) as f64 * 1000.0 / (now - t0) as f64;
             // Fast up, slow down: a pause in our own sending is not a slower link.
-            self.rate_bytes_per_second = if rate > self.rate_bytes_per_second {
-                rate
-            } else {
-                self.rate_bytes_per_second * 0.9 + rate * 0.1
-            };
+            if rate > self.rate_bytes_per_second {
+                self.rate_bytes_per_second = rate;
+            } else if limited {
+                self.rate_bytes_per_second = self.rate_bytes_per_second * 0.9 + rate * 0.1;
+            }
         } else if self.rate_bytes_per_second == 0.0 {
             self.rate_bytes_per_second = bytes as f64 * 2.0;
         }
@@ -443,7 +443,8 @@ impl Primary {
         }
         self.counters.durable_bytes += bytes;
         if bytes > 0 {
-            self.window.delivered(now, bytes, delay);
+            let limited = self.bytes_in_flight() + bytes > self.window.bytes() / 2;
+            self.window.delivered(now, bytes, delay, limited);
         }
     }
 
@@ -585,11 +586,20 @@ impl Primary {
     }
 
     fn poll_idle<M: Maps>(&mut self, now: u64, tracker: &Tracker<M>, room: bool) -> Step {
-        let due = self.demanded || self.converging || now >= self.next_cut_millis;
-        if !due {
-            return Step::Wait { until_millis: self.next_cut_millis };
-        }
         let dirty_bytes = tracker.current_blocks() * crate::geometry::BLOCK_BYTES;
+        let clean = dirty_bytes == 0 && self.books.is_empty() && self.reads.is_empty();
+        if self.sealing && clean {
+            // Everything the guest ever wrote is in the base: that is the remainder.
+            self.demanded = false;
+            return Step::Wait { until_millis: u64::MAX };
+        }
+        let busy_at = self.next_cut_millis.saturating_sub(self.limits.interval_millis) + limits::CONVERGING_PAUSE_MILLIS;
+        let until = if self.converging && !clean { busy_at.min(self.next_cut_millis) } else { self.next_cut_millis };
+        if !self.demanded && !self.sealing && now < until {
+            // Something may become dirty meanwhile; while converging that is looked for again soon.
+            let soon = if self.converging { now + limits::CONVERGING_PAUSE_MILLIS } else { u64::MAX };
+            return Step::Wait { until_millis: until.min(soon) };
+        }
         // Much to send: stage a first pass before the cut, so that little is left to preserve during the generation.
         let early = !self.sealing && !self.pass_done && dirty_bytes > self.limits.preserve_bytes / 2;
         if early {

@@ -233,7 +233,10 @@ impl Brain {
             }
             Event::GuestWantsWrite => {
                 self.parts.signals.wants_write.store(false, SeqCst);
-                self.apply(handover::Event::WantWrite { nonce: random_id() });
+                // A request that was on its way when the right arrived asks for nothing any more.
+                if self.parts.site.attachable() {
+                    self.apply(handover::Event::WantWrite { nonce: random_id() });
+                }
             }
             Event::LinkOpened { link, peer, hello, control, data } => self.link_opened(link, peer, &hello, control, data),
             Event::LinkMessage(link, m) => self.link_message(link, m),

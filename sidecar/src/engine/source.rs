@@ -208,6 +208,7 @@ pub struct Source {
     compare: BTreeSet<(DiskIndex, u64)>,
     link: Option<(ControlSender, DataPool)>,
     reads: usize,
+    known_site: Option<bytes::Bytes>,
     /// Generations that somebody waits for, with the number they want committed.
     remainder_told: Option<Generation>,
     pub level: Option<i32>,
@@ -258,6 +259,7 @@ impl Source {
             compare: BTreeSet::new(),
             link: None,
             reads: 0,
+            known_site: None,
             remainder_told: None,
             level,
             folder,
@@ -338,20 +340,25 @@ impl Source {
         let committed = convert::generation(hello.committed.unwrap_or_default());
         let base = self.primary.base();
         let (shared, kept) = (self.shared.clone(), &self.kept);
-        let resumed = hello.session == self.session.0 && hello.session != 0;
+        let ours = hello.session == self.session.0;
+        // The same folder as at the last contact of this session: what it has is in our books, the rest is marked.
+        let known = self.known_site.as_ref() == Some(&hello.site);
+        self.known_site = Some(hello.site.clone());
         let staged = &hello.staged;
         let held = |s: Sequence| staged.iter().any(|r| r.first <= s.0 && s.0 <= r.last);
-        let held: Option<&dyn Fn(Sequence) -> bool> = if resumed { Some(&held) } else { None };
+        let held: Option<&dyn Fn(Sequence) -> bool> = if ours { Some(&held) } else { None };
         self.primary.link_up(now, &shared.tracker, held, committed, &|s| kept.contains_key(&s));
         let awaited = matches!(self.primary.phase(), Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } if *generation == committed);
-        if hello.virgin {
-            if !resumed {
-                // Nothing is there: neither what we marked as known nor what we sent before.
-                self.compare.clear();
-                self.mark_allocated();
-                if base != Generation::default() {
-                    self.full_compare = Some(FullCompare("the peer's replica is new and empty".into()));
-                }
+        if known && committed.number >= base.number {
+            if committed != base && !awaited {
+                self.primary.rebase(committed);
+            }
+        } else if hello.virgin {
+            // Nothing is there, whatever we sent before: only what is allocated here needs to cross.
+            self.compare.clear();
+            self.mark_allocated();
+            if base != Generation::default() {
+                self.full_compare = Some(FullCompare("the peer's replica is new and empty".into()));
             }
         } else if !same_history {
             self.compare_everything("the two sites share no common history");

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use watari_core::{
     frame::{Frame, FrameHeader},
     geometry::{Block, DiskIndex, Extent, Generation, Session},
-    replica::{CommitAnswer, Entry, ErrorClass, Mark, Progress, ReplicaError},
+    replica::{CommitAnswer, Entry, ErrorClass, Event as ReplicaEvent, Mark, Progress, ReplicaError},
 };
 use watari_store::replica::{FileReplica, Zstd};
 use watari_wire::replication::{
@@ -281,13 +281,16 @@ impl Target {
             Ok(Progress::Idle) => self.more_to_apply = false,
             Ok(Progress::Working { .. }) => {}
             Ok(Progress::Applied(generation) | Progress::RolledBack(generation)) => {
-                tracing::debug!(%generation, "applied");
+                tracing::trace!(%generation, "image moved");
                 self.room();
             }
             Err(error) => self.note("applying", &error),
         }
         for event in self.store.take_events() {
-            tracing::warn!(?event, "replica");
+            match event {
+                ReplicaEvent::Applied(generation) => tracing::debug!(%generation, "applied"),
+                event => tracing::warn!(?event, "replica"),
+            }
         }
         self.more_to_apply
     }
