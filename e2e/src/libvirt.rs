@@ -19,6 +19,32 @@
 //! - `vm.rs`: define through the hook, start, look at, end;
 //! - `proxy.rs`, `migrate.rs`: virt-handler's proxies and virt-launcher's migration call.
 //!
+//! ```no_run
+//! # use std::time::Duration;
+//! # use watari_e2e::{build, libvirt::*, qemu::Machine, site::TestBed, wan::Shape};
+//! # fn main() -> anyhow::Result<()> {
+//! let bed = TestBed::new("libvirt", Shape::wan(100_000_000, Duration::from_millis(170)))?;
+//! let (a, b) = (LibvirtSite::start(&bed.a)?, LibvirtSite::start(&bed.b)?);
+//! // The sidecars run inside: `/run/watari/VOL.sock` and the hook socket's folder are where QEMU and virt-launcher see them.
+//! let folder = a.sidecar_folder()?; // goes into the sidecar's configuration; b has the same
+//! let binary = build::binary("watari-sidecar", "watari-sidecar")?;
+//! let primary = a.command(&bed.a, "primary", &binary).args(["primary", "--config", "/run/watari/primary.toml"]).spawn()?;
+//!
+//! let vm = VirtualMachine::new("vm", Machine::small(2).with("rate=2500000"));
+//! let hooks = a.hooks()?; // as virt-launcher looks for them
+//! a.define_through_hook(&hooks, &vm)?;
+//! let mut guest = a.start_vm(&vm)?.control();
+//! guest.hello(Duration::from_secs(60))?;
+//!
+//! b.wait_at_gate(&b.hooks()?, &vm, Duration::from_secs(240))?; // the target's OnDefineDomain, once per second
+//! let report = a.migrate_to(&b, &vm, &MigrationOptions::default())?; // or begin_migration, abort, finish
+//! guest.move_to(b.vm(&vm).control_socket());
+//! hooks.shutdown().ok(); // virt-launcher's goodbye to the source's sidecar
+//! println!("{report:?}, {:?}", guest.verify(Duration::from_secs(60))?);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! What it does not model: TLS between the proxies, KubeVirt's retries and their timing, and everything that needs an API server.
 
 use std::{io, path::PathBuf};

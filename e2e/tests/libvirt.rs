@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -42,10 +43,40 @@ impl HookEngine for Engine {
     async fn shutdown(&self) {}
 }
 
+/// The hook server, on a thread inside the site, so that it sees the paths that QEMU sees.
+struct Hook {
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<JoinHandle<std::io::Result<anyhow::Result<()>>>>,
+}
+
+impl Hook {
+    fn start(libvirt: &LibvirtSite, engine: Arc<Engine>, marker: Option<PathBuf>) -> anyhow::Result<Hook> {
+        let config = HookConfig { folder: libvirt.sidecar_folder()?, reconnect_seconds: 120, marker };
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let thread = libvirt.spawn_inside(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let _server = HookServer::start(config, engine).await?;
+                // An error means that the sender is gone, which is a stop as well.
+                let _ = stopped.await;
+                Ok(())
+            })
+        })?;
+        Ok(Hook { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for Hook {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // What went wrong in there shows as a missing answer.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
 /// A site with its stand-in sidecar. Fields drop in order: nbdkit before the namespace that it lives in.
 struct Place {
-    server: Option<HookServer>,
-    _runtime: tokio::runtime::Runtime,
+    hook: Option<Hook>,
     engine: Arc<Engine>,
     kits: Vec<Process>,
     images: Vec<PathBuf>,
@@ -53,7 +84,7 @@ struct Place {
 }
 
 impl Place {
-    fn start(site: &Site, vm: &VirtualMachine) -> anyhow::Result<Place> {
+    fn start(site: &Site, vm: &VirtualMachine, marker: Option<&str>) -> anyhow::Result<Place> {
         let libvirt = LibvirtSite::start(site)?;
         libvirt.folder_inside("/run/watari")?;
         let (mut kits, mut images, mut disks) = (Vec::new(), Vec::new(), Vec::new());
@@ -73,11 +104,8 @@ impl Place {
             disks.push(SyncedDisk { volume: volume.clone(), export: volume.clone(), socket });
         }
         let engine = Arc::new(Engine { disks, gate: Mutex::new(Gate::Ready), served: Mutex::new(0) });
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let folder = libvirt.inside(libvirt.sidecar_folder()?);
-        let config = HookConfig { folder, reconnect_seconds: 120, marker: None };
-        let server = runtime.block_on(HookServer::start(config, engine.clone()))?;
-        Ok(Place { server: Some(server), _runtime: runtime, engine, kits, images, libvirt })
+        let hook = Some(Hook::start(&libvirt, engine.clone(), marker.map(PathBuf::from))?);
+        Ok(Place { hook, engine, kits, images, libvirt })
     }
 
     fn set_gate(&self, gate: Gate) {
@@ -110,8 +138,12 @@ struct Pair {
 }
 
 fn pair(label: &str, vm: &VirtualMachine) -> anyhow::Result<Pair> {
+    pair_with(label, vm, None)
+}
+
+fn pair_with(label: &str, vm: &VirtualMachine, marker: Option<&str>) -> anyhow::Result<Pair> {
     let bed = TestBed::new(label, Shape::wan(1_000_000_000, Duration::from_millis(10)))?;
-    let (a, b) = (Place::start(&bed.a, vm)?, Place::start(&bed.b, vm)?);
+    let (a, b) = (Place::start(&bed.a, vm, marker)?, Place::start(&bed.b, vm, marker)?);
     Ok(Pair { a, b, bed })
 }
 
@@ -122,7 +154,7 @@ fn two_disks() -> VirtualMachine {
 #[test]
 fn a_vm_defined_by_three_lossy_hook_calls_moves_there_and_back_with_its_data() -> anyhow::Result<()> {
     let vm = two_disks();
-    let Pair { a, b, bed } = pair("libvirt-back-and-forth", &vm)?;
+    let Pair { bed, a, b } = pair("libvirt-back-and-forth", &vm)?;
     let hooks = (a.libvirt.hooks()?, b.libvirt.hooks()?);
     let defined = a.libvirt.define_through_hook(&hooks.0, &vm)?;
     ensure!(defined.matches("<reconnect delay=\"120\"/>").count() == 2, "{defined}");
@@ -142,7 +174,8 @@ fn a_vm_defined_by_three_lossy_hook_calls_moves_there_and_back_with_its_data() -
         ensure!(live.contains(part), "no {part} in {live}");
     }
 
-    for (from, to, hooks_to, site_to) in [(&a, &b, &hooks.1, &bed.b), (&b, &a, &hooks.0, &bed.a)] {
+    let ways = [(&a, &b, &hooks.1, &bed.a, &bed.b), (&b, &a, &hooks.0, &bed.b, &bed.a)];
+    for (from, to, hooks_to, site_from, site_to) in ways {
         guest.resume()?;
         std::thread::sleep(Duration::from_secs(2));
         guest.pause(ANSWER)?;
@@ -156,6 +189,13 @@ fn a_vm_defined_by_three_lossy_hook_calls_moves_there_and_back_with_its_data() -
         guest.move_to(to.libvirt.vm(&vm).control_socket());
         let verdict = guest.verify(ANSWER)?;
         ensure!(verdict.clean(), "{verdict:?}");
+        // Not a point in time that anyone may rely on: the source's QEMU closes its disks about when the target's goes on.
+        let left = wait_until("the source's goodbye", Duration::from_secs(10), || {
+            operations(site_from, "disk0").ok().filter(|seen| seen.last().is_some_and(|op| op.contains(" Disconnect ")))
+        })?;
+        let late = left.iter().rev().skip(1).take_while(|op| op.contains(" Flush ")).count();
+        println!("flushes at the source after its last other operation: {late}");
+        ensure!(late > 0, "the source flushes before it leaves: {left:?}");
         let seen = operations(site_to, "disk0")?;
         let premature = seen.get(before + 1).cloned().unwrap_or_default();
         println!("first at the target: {:?}", &seen[before..seen.len().min(before + 3)]);
@@ -173,7 +213,7 @@ fn a_vm_defined_by_three_lossy_hook_calls_moves_there_and_back_with_its_data() -
 #[test]
 fn a_guest_whose_disk_stayed_behind_notices() -> anyhow::Result<()> {
     let vm = two_disks();
-    let Pair { a, b, bed: _bed } = pair("libvirt-stale", &vm)?;
+    let Pair { bed: _bed, a, b } = pair("libvirt-stale", &vm)?;
     a.libvirt.define_through_hook(&a.libvirt.hooks()?, &vm)?;
     let mut guest = a.libvirt.start_vm(&vm)?.control();
     guest.hello(BOOT)?;
@@ -193,13 +233,13 @@ fn a_guest_whose_disk_stayed_behind_notices() -> anyhow::Result<()> {
 #[test]
 fn without_any_copyable_disk_libvirt_refuses_and_the_vm_goes_on_where_it_is() -> anyhow::Result<()> {
     let vm = VirtualMachine { empty_disk: false, ..two_disks() };
-    let Pair { a, b, bed: _bed } = pair("libvirt-no-copyable", &vm)?;
+    let Pair { bed: _bed, a, b } = pair("libvirt-no-copyable", &vm)?;
     a.libvirt.define_through_hook(&a.libvirt.hooks()?, &vm)?;
     let mut guest = a.libvirt.start_vm(&vm)?.control();
     guest.hello(BOOT)?;
     b.libvirt.prepare_target(&b.libvirt.hooks()?, &vm)?;
-    let options = MigrationOptions { list_disks: false, ..MigrationOptions::default() };
-    let refused = a.libvirt.migrate_to(&b.libvirt, &vm, &options).err().context("a refusal")?.to_string();
+    let refused =
+        a.libvirt.migrate_to(&b.libvirt, &vm, &MigrationOptions::default()).err().context("a refusal")?.to_string();
     println!("{refused}");
     ensure!(refused.contains("NBD URI must be supplied when migration URI uses UNIX transport method"), "{refused}");
     ensure!(a.libvirt.vm(&vm).state()?.starts_with("running"));
@@ -208,9 +248,29 @@ fn without_any_copyable_disk_libvirt_refuses_and_the_vm_goes_on_where_it_is() ->
 }
 
 #[test]
+fn the_marker_that_our_hook_adds_is_copied_and_lets_a_vm_without_other_disks_move() -> anyhow::Result<()> {
+    let vm = VirtualMachine { empty_disk: false, ..two_disks() };
+    let Pair { bed: _bed, a, b } = pair_with("libvirt-marker", &vm, Some("/run/watari/marker.img"))?;
+    let defined = a.libvirt.define_through_hook(&a.libvirt.hooks()?, &vm)?;
+    ensure!(defined.matches("ua-watarimarker").count() == 1, "once in three calls: {defined}");
+    let running = a.libvirt.start_vm(&vm)?;
+    let live = running.xml()?;
+    ensure!(live.matches("<controller type='sata'").count() == 1, "no controller was added: {live}");
+    let mut guest = running.control();
+    guest.hello(BOOT)?;
+    b.libvirt.wait_at_gate(&b.libvirt.hooks()?, &vm, Duration::from_secs(5))?;
+    let report = a.libvirt.migrate_to(&b.libvirt, &vm, &MigrationOptions::default())?;
+    println!("{report:?}");
+    guest.move_to(b.libvirt.vm(&vm).control_socket());
+    guest.stats()?;
+    ensure!(b.libvirt.vm(&vm).state()?.starts_with("running"));
+    Ok(())
+}
+
+#[test]
 fn a_shut_gate_keeps_the_vm_out_and_an_aborted_migration_leaves_it_at_the_source() -> anyhow::Result<()> {
     let vm = two_disks();
-    let Pair { a, b, bed } = pair("libvirt-abort", &vm)?;
+    let Pair { bed, a, b } = pair("libvirt-abort", &vm)?;
     a.libvirt.define_through_hook(&a.libvirt.hooks()?, &vm)?;
     let mut guest = a.libvirt.start_vm(&vm)?.control();
     guest.hello(BOOT)?;
@@ -251,7 +311,7 @@ fn a_shut_gate_keeps_the_vm_out_and_an_aborted_migration_leaves_it_at_the_source
 #[test]
 fn a_killed_nbd_server_is_waited_for_and_a_restarted_hook_server_is_still_found() -> anyhow::Result<()> {
     let vm = two_disks();
-    let Pair { mut a, b: _b, bed } = pair("libvirt-reconnect", &vm)?;
+    let Pair { bed, mut a, b: _b } = pair("libvirt-reconnect", &vm)?;
     let hooks = a.libvirt.hooks()?;
     a.libvirt.define_through_hook(&hooks, &vm)?;
     let running = a.libvirt.start_vm(&vm)?;
@@ -275,11 +335,8 @@ fn a_killed_nbd_server_is_waited_for_and_a_restarted_hook_server_is_still_found(
     ensure!(paused.streams.iter().all(|s| s.errors == 0), "{paused:?}");
     ensure!(guest.verify(ANSWER)?.clean());
 
-    let config =
-        HookConfig { folder: a.libvirt.inside(a.libvirt.sidecar_folder()?), reconnect_seconds: 120, marker: None };
-    drop(a.server.take());
-    let engine = a.engine.clone();
-    a.server = Some(a._runtime.block_on(HookServer::start(config, engine))?);
+    drop(a.hook.take());
+    a.hook = Some(Hook::start(&a.libvirt, a.engine.clone(), None)?);
     a.libvirt.vm(&vm).end()?;
     hooks.shutdown().map_err(|refusal| anyhow::anyhow!("{refusal}"))?;
     Ok(())
@@ -288,7 +345,7 @@ fn a_killed_nbd_server_is_waited_for_and_a_restarted_hook_server_is_still_found(
 #[test]
 fn a_site_leaves_no_process_and_no_mount_behind_whatever_runs_in_it() -> anyhow::Result<()> {
     let vm = two_disks();
-    let Pair { a, b, bed } = pair("libvirt-teardown", &vm)?;
+    let Pair { bed, a, b } = pair("libvirt-teardown", &vm)?;
     a.libvirt.define_through_hook(&a.libvirt.hooks()?, &vm)?;
     let qemu = a.libvirt.start_vm(&vm)?.qemu_pid()?;
     let alive = |pid: i32| Path::new(&format!("/proc/{pid}/exe")).read_link().is_ok();

@@ -4,8 +4,12 @@
 //! mounts are gone. If the harness itself is killed, libvirtd dies with it and the reaper ends QEMU by its network namespace.
 
 use std::{
+    fs::File,
+    io,
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
     process::Command,
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -163,6 +167,28 @@ impl LibvirtSite {
             .filter(|name| name.bytes().all(|b| b.is_ascii_digit()) && namespace(name).as_ref() == Some(&ours))
             .filter_map(|name| name.parse().ok())
             .collect()
+    }
+
+    /// Runs `job` on a thread inside this site's network and mount namespaces, so that the paths it opens are the site's own.
+    pub fn spawn_inside<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<JoinHandle<io::Result<T>>, Error> {
+        let open = |kind: &str| {
+            let path = format!("/proc/{}/ns/{kind}", self.daemon.pid());
+            File::open(&path).map_err(Error::io("a namespace of the site", path))
+        };
+        let (network, mounts) = (open("net")?, open("mnt")?);
+        Ok(std::thread::spawn(move || {
+            // SAFETY: moves only this thread, which first stops sharing root and working folder with the others, as the kernel
+            // demands; both descriptors are open.
+            let entered = unsafe {
+                libc::unshare(libc::CLONE_FS) == 0
+                    && libc::setns(network.as_raw_fd(), libc::CLONE_NEWNET) == 0
+                    && libc::setns(mounts.as_raw_fd(), libc::CLONE_NEWNS) == 0
+            };
+            if entered { Ok(job()) } else { Err(io::Error::last_os_error()) }
+        }))
     }
 
     /// Enters this site's network with a job, e.g. to open a socket there.

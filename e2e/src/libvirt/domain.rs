@@ -12,7 +12,7 @@ pub(super) const SERIAL_LOG: &str = "/var/log/libvirt/serial.log";
 /// The emptyDisk that our VMI webhook adds: the disk that libvirt copies.
 pub(super) const EMPTY_DISK: &str = "/run/libvirt/empty-disks/watari-copyable.qcow2";
 /// Its name at the domain's SATA controller.
-pub(super) const EMPTY_DISK_TARGET: &str = "sda";
+const EMPTY_DISK_TARGET: &str = "sda";
 
 /// A VM of the libvirt pair.
 #[derive(Clone, Debug)]

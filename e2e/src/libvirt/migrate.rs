@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::domain::EMPTY_DISK_TARGET;
 use super::proxy::{DISKS, LIBVIRT, MEMORY, Proxies, ProxyBytes};
 use super::{Error, LibvirtSite, VirtualMachine};
 use crate::process::{Builder, Process};
@@ -20,8 +19,6 @@ pub struct MigrationOptions {
     pub bandwidth_mib: u64,
     /// multifd connections; 0 for one classic stream.
     pub connections: u32,
-    /// Name the disk to copy. KubeVirt does whenever there is one.
-    pub list_disks: bool,
     /// The longest that the whole may take.
     pub timeout: Duration,
 }
@@ -32,7 +29,6 @@ impl Default for MigrationOptions {
             downtime_limit: Duration::from_millis(900),
             bandwidth_mib: 0,
             connections: 0,
-            list_disks: true,
             timeout: Duration::from_secs(300),
         }
     }
@@ -88,11 +84,14 @@ impl LibvirtSite {
         let domain = vm.domain_name();
         let limit = options.downtime_limit.as_millis().to_string();
         self.virsh(&["migrate-setmaxdowntime", &domain, &limit])?;
+        let live = self.virsh(&["dumpxml", "--migratable", &domain])?;
+        let unreadable = |e| Error::Hook { site: self.name.clone(), what: format!("libvirt's own domain: {e}") };
+        let copied = watari_hook::disks_to_copy(live.as_bytes()).map_err(unreadable)?;
         let proxies = Proxies::start(self, target, &folder)?;
         let log = self.folder.join(format!("migrate-{number}.log"));
         let virsh = Builder::new(format!("virsh migrate@{}", self.name), "virsh", log)
             .args(["-q", "-c", &self.uri(), "migrate"])
-            .args(arguments(&folder, options))
+            .args(arguments(&folder, &copied, options))
             .args(["--domain", &domain])
             .spawn()?;
         let (started, timeout) = (Instant::now(), options.timeout);
@@ -100,12 +99,14 @@ impl LibvirtSite {
     }
 }
 
-fn arguments(folder: &str, options: &MigrationOptions) -> Vec<String> {
+/// `copied` are the disks that libvirt is to copy. As in virt-launcher (`live-migration-source.go:1111`) both the list and the URI are there only if
+/// there is one.
+fn arguments(folder: &str, copied: &[String], options: &MigrationOptions) -> Vec<String> {
     let mut arguments: Vec<String> =
         ["--live", "--p2p", "--persistent", "--copy-storage-inc"].map(str::to_owned).into();
     let mut add = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
-    if options.list_disks {
-        add("--migrate-disks", EMPTY_DISK_TARGET.into());
+    if !copied.is_empty() {
+        add("--migrate-disks", copied.join(","));
         add("--disks-uri", format!("unix://{folder}/{DISKS}"));
     }
     add("--migrateuri", format!("unix://{folder}/{MEMORY}"));
@@ -165,10 +166,13 @@ mod tests {
     #[test]
     fn the_call_is_the_one_that_virt_launcher_makes() {
         let options = MigrationOptions { connections: 8, ..MigrationOptions::default() };
-        let expected = "--live --p2p --persistent --copy-storage-inc --migrate-disks sda --disks-uri unix:///run/migration/0/disks.sock \
+        let expected = "--live --p2p --persistent --copy-storage-inc --migrate-disks sda,vdc --disks-uri unix:///run/migration/0/disks.sock \
             --migrateuri unix:///run/migration/0/memory.sock --desturi qemu+unix:///system?socket=/run/migration/0/libvirt.sock \
             --parallel-connections 8 --parallel";
-        assert_eq!(arguments("/run/migration/0", &options).join(" "), expected);
+        let copied = ["sda".to_owned(), "vdc".to_owned()];
+        assert_eq!(arguments("/run/migration/0", &copied, &options).join(" "), expected);
+        let none = arguments("/run/migration/0", &[], &options).join(" ");
+        assert!(!none.contains("--migrate-disks") && !none.contains("--disks-uri"), "{none}");
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub use engine::{Gate, HookEngine};
 pub use marker::{MARKER_BYTES, MarkerOutcome, ensure_marker_file, needs_marker};
 pub use rewrite::{
     LeftDisk, RECONNECT_SECONDS_MIN, RewriteError, RewriteOptions, RewriteReport, Rewritten, ServedDisk, SyncedDisk,
-    rewrite,
+    disks_to_copy, rewrite,
 };
 pub use server::{HookConfig, HookError, HookServer};
 pub use tree::XmlError;

@@ -151,15 +151,8 @@ pub struct Rewritten {
 /// Errors: see [`RewriteError`]; nothing is half-done. Source: kubevirt.md §2.4 (the form that libvirt and QEMU accept).
 pub fn rewrite(xml: &[u8], synced: &[SyncedDisk], options: &RewriteOptions) -> Result<Rewritten, RewriteError> {
     let wanted = check_settings(synced, options)?;
-    let document = Document::parse(xml)?;
-    if document.name(&document.root) != "domain" {
-        return Err(RewriteError::NotADomain(document.name(&document.root).to_owned()));
-    }
-    let disks: Vec<Disk<'_>> = document
-        .children(&document.root, "devices")
-        .flat_map(|devices| document.children(devices, "disk"))
-        .map(|element| Disk::read(&document, element))
-        .collect();
+    let document = domain_document(xml)?;
+    let disks = domain_disks(&document);
 
     let mut edits = Edits::default();
     let mut report = RewriteReport { served: Vec::new(), left: Vec::new(), copyable: 0, marker: MarkerOutcome::Off };
@@ -191,6 +184,32 @@ pub fn rewrite(xml: &[u8], synced: &[SyncedDisk], options: &RewriteOptions) -> R
     }
     report.marker = add_marker(&document, &disks, &report, options, &mut edits)?;
     Ok(Rewritten { xml: edits.apply(document.text())?, report })
+}
+
+/// Target names (`sda`) of the disks that a live migration of this domain has libvirt copy, as virt-launcher lists them
+/// (`getDiskTargetsForMigration`, `live-migration-source.go:260`). With an empty list it names neither disks nor an NBD URI, and libvirt
+/// refuses a migration with storage flags.
+///
+/// Errors: the XML is no domain.
+pub fn disks_to_copy(xml: &[u8]) -> Result<Vec<String>, RewriteError> {
+    let document = domain_document(xml)?;
+    let disks = domain_disks(&document);
+    Ok(disks.into_iter().filter(|d| d.is_copyable(&document)).filter_map(|d| d.target_dev).collect())
+}
+
+fn domain_document(xml: &[u8]) -> Result<Document<'_>, RewriteError> {
+    let document = Document::parse(xml)?;
+    match document.name(&document.root) {
+        "domain" => Ok(document),
+        other => Err(RewriteError::NotADomain(other.to_owned())),
+    }
+}
+
+/// All disks, in document order. libvirt looks below every `<devices>` of the root and nowhere else.
+fn domain_disks<'e>(document: &'e Document<'_>) -> Vec<Disk<'e>> {
+    let devices = document.children(&document.root, "devices");
+    let elements = devices.flat_map(|devices| document.children(devices, "disk"));
+    elements.map(|element| Disk::read(document, element)).collect()
 }
 
 /// Serve it, or leave it for a reason; an error if it must be served and cannot be.

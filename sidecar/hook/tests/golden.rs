@@ -8,7 +8,9 @@ use std::fs;
 
 use common::{FIXTURES, fixture, options, synced, tests_folder};
 use watari_hook::lossy::lossy;
-use watari_hook::{LeftReason, MarkerOutcome, RewriteError, RewriteOptions, RewriteReport, Rewritten, rewrite};
+use watari_hook::{
+    LeftReason, MarkerOutcome, RewriteError, RewriteOptions, RewriteReport, Rewritten, disks_to_copy, rewrite,
+};
 
 fn run(name: &str) -> Rewritten {
     let (_, volumes, marker) = FIXTURES.iter().find(|(n, ..)| *n == name).expect("a listed fixture");
@@ -95,6 +97,20 @@ fn the_marker_is_added_only_where_it_is_configured_and_no_other_disk_is_copied()
     assert_eq!(marker("sata_cloudinit_cdrom"), MarkerOutcome::Off, "alone, but in Kubernetes the webhook does it");
     let again = rewrite(run("scsi_block").xml.as_bytes(), &synced(&["data"]), &options(true)).expect("rewritable");
     assert_eq!(again.report.marker, MarkerOutcome::Present);
+}
+
+#[test]
+fn libvirt_is_told_to_copy_what_is_local_and_writable_and_nothing_of_ours() {
+    for (name, expected) in [
+        ("two_disks_of_four", &["vdc", "vdd"][..]),
+        ("scsi_block", &["sdzz"]),
+        ("sata_cloudinit_cdrom", &[]),
+        ("virtio_cloudinit_disk", &["vdb"]),
+    ] {
+        assert_eq!(disks_to_copy(run(name).xml.as_bytes()).expect("a domain"), expected, "{name}");
+    }
+    let before = disks_to_copy(fixture("sata_cloudinit_cdrom").as_bytes()).expect("a domain");
+    assert_eq!(before, ["sdb"], "without us KubeVirt copies the whole disk");
 }
 
 #[test]
