@@ -58,7 +58,7 @@ enum Slot {
 }
 
 /// A slot file: its place, its newest sequence and which slot holds it. The payload lives with the caller.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SlotFile {
     name: String,
     magic: [u8; 8],

@@ -35,7 +35,11 @@ pub struct GenerationReport {
 pub enum ReplicaState {
     Ready,
     /// The last change was refused for want of room.
-    Full { claim: Claim, place: String, needed: u64 },
+    Full {
+        claim: Claim,
+        place: String,
+        needed: u64,
+    },
     RollingBack(Generation),
     /// A write or sync failed; the folder must be opened again.
     Poisoned(String),

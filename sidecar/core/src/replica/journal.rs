@@ -348,8 +348,7 @@ impl Journal {
         let written = meta.write(&segment_name(segment), at, &bytes);
         self.dirty.insert(segment);
         if let Err(error) = written {
-            // Whatever was written of it stays behind the last good record, so nothing may follow in this segment.
-            self.open = None;
+            self.close_torn(meta, segment, at);
             return Err(error.into());
         }
         self.next_record += 1;
@@ -358,6 +357,23 @@ impl Journal {
         let payload_at = at + record_bytes - payload.len() as u64;
         self.insert(StoredFrame { header: header.clone(), in_image, base, segment, payload_at, record_bytes });
         Ok(())
+    }
+
+    /// An append failed: nothing may follow in this segment, and what was written of it must not keep the room that
+    /// the next attempt needs.
+    fn close_torn<M: Storage>(&mut self, meta: &mut M, segment: u64, end: u64) {
+        self.open = None;
+        let name = segment_name(segment);
+        // If the medium itself failed, the engine is closed anyway and the next open does this.
+        if end == SEGMENT_HEADER_BYTES {
+            if meta.remove(&name).is_ok() {
+                self.segments.remove(&segment);
+                self.dirty.remove(&segment);
+                self.folder_dirty = true;
+            }
+        } else {
+            let _ = meta.truncate(&name, end);
+        }
     }
 
     /// The open segment, or a fresh one.

@@ -144,6 +144,8 @@ pub struct Harness {
     newest: u64,
     shared: Option<u64>,
     pinned: Option<u64>,
+    /// Tell each step (when one seed is replayed).
+    pub told: bool,
     /// Times that power was lost, for the summary.
     pub crashes: u64,
     pub commits: u64,
@@ -194,6 +196,7 @@ impl Harness {
             newest: 0,
             shared: None,
             pinned: None,
+            told: std::env::var_os("REPLICA_SEED").is_some(),
             crashes: 0,
             commits: 0,
         };
@@ -349,7 +352,14 @@ impl Harness {
     /// Run one step; a loss of power within it is survived, other failures are the step's.
     pub fn run(&mut self, step: &Step, survival: Survival) {
         let outcome = self.perform(step, survival);
+        if self.told {
+            let newest = self.newest;
+            eprintln!("{step:?}: {outcome:?}, {} operations, newest {newest}", self.medium.operations());
+        }
         if self.medium.is_off() {
+            if self.told {
+                eprintln!("power lost, {survival:?} survives; source has {:?}", self.sent.keys());
+            }
             self.crashes += 1;
             let medium = self.medium.clone();
             medium.lose_power(survival, &mut self.rng);
@@ -563,31 +573,27 @@ impl Harness {
     }
 
     fn send_again(&mut self, lacks: &[Sequence]) -> Outcome {
+        let mut outcome = Ok(());
         for Sequence(sequence) in lacks {
             let sent = self.sent.get(sequence).expect("the list named it").clone();
             let is_same = sent.header.kind == FrameKind::Same;
             assert!(is_same || !self.durable.contains(sequence), "durable frame {sequence} lacks");
             match self.stage(&sent) {
                 Err(ReplicaError::NotSame(_)) => {
-                    // The comparison does not hold any more: the content itself goes.
+                    // The comparison does not hold any more: the content itself goes, whatever becomes of it.
                     self.durable.remove(sequence);
                     self.sent.remove(sequence);
-                    let disk = sent.blocks[0].0;
-                    for (_, block) in sent
-                        .blocks
-                        .iter()
-                        .filter(|place| self.owner.get(place) == Some(sequence))
-                        .copied()
-                        .collect::<Vec<_>>()
-                    {
-                        let id = self.content[disk][block as usize];
-                        self.send_block(disk, block, id)?;
+                    for (disk, block) in sent.blocks {
+                        if self.owner.get(&(disk, block)) == Some(sequence) {
+                            let id = self.content[disk][block as usize];
+                            outcome = outcome.and(self.send_block(disk, block, id));
+                        }
                     }
                 }
-                other => other?,
+                other => outcome = outcome.and(other),
             }
         }
-        Ok(())
+        outcome
     }
 
     fn send_block(&mut self, disk: usize, block: u64, id: u64) -> Outcome {
