@@ -118,17 +118,17 @@ impl Hooks {
                 |e| Error::Hook { site: self.site.clone(), what: format!("a domain that KubeVirt cannot read: {e}") };
             lossy(xml.as_bytes()).map_err(what)
         };
-        let mut input = lose(domain)?;
-        for round in 1..=DEFINES_PER_BOOT {
+        let call = |input: String| -> Result<String, Error> {
             let answer = self.define_once(&input, vmi, DEFINE_DEADLINE);
-            let answer = answer.map_err(|refusal| Error::Refused { site: self.site.clone(), refusal })?;
+            answer.map_err(|refusal| Error::Refused { site: self.site.clone(), refusal })
+        };
+        let mut answer = call(lose(domain)?)?;
+        define(&answer)?;
+        for _ in 1..DEFINES_PER_BOOT {
+            answer = call(lose(&answer)?)?;
             define(&answer)?;
-            if round == DEFINES_PER_BOOT {
-                return Ok(answer);
-            }
-            input = lose(&answer)?;
         }
-        unreachable!("the last round returns")
+        Ok(answer)
     }
 
     /// The call on a migration target: the answer is thrown away, a refusal is not.

@@ -1,9 +1,9 @@
 //! The hook socket: one file in the folder that virt-launcher scans, there only while somebody answers behind it.
 //!
 //! Invariants:
-//! - I1: the folder never holds a file of ours at which nobody listens, nor a temporary file: virt-launcher dials every
+//! - I1: the folder never holds a temporary file, and no file of ours before somebody listens at it: virt-launcher dials every
 //!   non-directory in it and treats an error as fatal (`pkg/hooks/manager.go:106-151`). The socket is bound in a nested folder, which
-//!   virt-launcher skips, and moved into place when it is being served.
+//!   virt-launcher skips, and moved into place when it is being served. Only between a crash and the restart nobody listens.
 //! - I2: the name is unique among a Pod's sidecars (virt-launcher counts sockets by file name) and stays the same across restarts of
 //!   this container: virt-launcher remembers the path and dials it anew for every call.
 
