@@ -159,7 +159,7 @@ mod tests {
         for text in ["", "-a", "a-", "Tokyo", "a.b", "a/b", &"x".repeat(64)] {
             assert!(text.parse::<SiteName>().is_err(), "{text}");
         }
-        for text in ["", "watari://pair/", "https://pair/x/site/y", &format!("watari://pair/{UUID}")] {
+        for text in ["", "watari://pair/", "https://pair.example/x/site/y", &format!("watari://pair/{UUID}")] {
             assert!(text.parse::<Identity>().is_err(), "{text}");
         }
     }

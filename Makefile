@@ -1,0 +1,60 @@
+# Everything a developer does, one command each. `make` alone lists them.
+# Rust comes with rustup (rust-toolchain.toml names the version); other packages are installed by e2e/setup.sh.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help tools setup build static test unit fmt lint deny demo bench soak
+
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+ARGS ?=
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+tools:
+	@command -v cargo >/dev/null || { echo "cargo is missing: install rustup; rust-toolchain.toml then picks the version"; exit 1; }
+	@command -v cc >/dev/null || { echo "a C compiler is missing: run \`make setup\` as root, or install gcc and libc6-dev"; exit 1; }
+
+setup: ## install the Debian packages that tests, demo and build need (as root; says what it does)
+	@if [ -x e2e/setup.sh ]; then e2e/setup.sh test; fi
+
+build: tools ## build everything
+	cargo build --workspace
+
+static: tools ## build the one static binary that the image holds
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --target x86_64-unknown-linux-gnu -p watari-sidecar
+
+test: setup tools ## run every test (as root: whole-system tests make namespaces and boot guests)
+	@mkdir -p $(TARGET_DIR)
+	@status=0; cargo test --workspace --no-fail-fast 2>&1 | tee $(TARGET_DIR)/test.log || status=$$?; \
+	awk '/^test result:/ { passed += $$4; failed += $$6; skipped += $$8 } \
+	     END { printf "\n%d passed, %d failed, %d skipped\n", passed, failed, skipped; exit passed == 0 }' $(TARGET_DIR)/test.log; \
+	exit $$status
+
+unit: tools ## run the tests of all crates, without the whole-system ones
+	cargo test --workspace --exclude watari-e2e
+
+fmt: tools ## format the code
+	cargo fmt --all
+
+lint: tools ## formatting, clippy without warnings for all targets, and what no compiler looks for
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	.ci/check-tree
+
+deny: ## licences, duplicate and banned dependencies (needs cargo-deny, see deny.toml)
+	@command -v cargo-deny >/dev/null || { echo "cargo-deny is missing: cargo install --locked cargo-deny (some minutes)"; exit 1; }
+	cargo deny check licenses bans sources
+
+demo: ## move a running VM over an emulated WAN, with a progress view, and compare (as root)
+	e2e/setup.sh demo
+	cargo run --release -p watari-e2e --bin watari-demo -- $(ARGS)
+
+bench: ## measure the figures of BENCHMARKS.md (as root)
+	e2e/setup.sh bench
+	cargo run --release -p watari-e2e --bin watari-bench -- $(ARGS)
+
+soak: ## the long tests: 20 moves, 200 kills, every step of the handover (as root; ARGS narrows)
+	e2e/setup.sh test
+	cargo run --release -p watari-e2e --bin watari-soak -- $(ARGS)
