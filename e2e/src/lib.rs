@@ -79,6 +79,7 @@ pub mod guest;
 pub mod image;
 pub mod libvirt;
 pub mod netns;
+pub mod pair;
 pub mod process;
 pub mod qemu;
 pub mod reaper;

@@ -21,7 +21,7 @@ use watari_core::{
 use watari_nbd::local::{Around, LocalFile, Prologue};
 use watari_store::{
     maps::MapMemory,
-    regions::{Logged, RegionLog},
+    regions::{Logged, RegionLog, UntrackedReason},
 };
 
 use super::preserve::{Full, PreserveStore};
@@ -54,7 +54,7 @@ impl Shared {
     }
 
     fn lose_tracking(&self) {
-        self.tracker.maps().facts().set_untracked(true);
+        self.regions.enter_untracked(UntrackedReason::MapMemory("no memory for a mark".into()));
         self.give_up.store(true, SeqCst);
         (self.wake)();
     }
@@ -124,7 +124,7 @@ impl Around for Tracking {
             if untracked && !shared.give_up.swap(true, SeqCst) {
                 (shared.wake)();
             }
-            let logged = || untracked || shared.regions.is_logged(self.disk, first, last);
+            let logged = || shared.regions.is_logged(self.disk, first, last);
             match shared.tracker.begin(self.disk, first, last, logged) {
                 Admission::Go(ticket) => {
                     if ticket.generation_open {

@@ -12,7 +12,7 @@ impl Brain {
         self.follow_conditions();
         let record = self.parts.site.record();
         let role = match record.role.name() {
-            "Replica" if self.parts.connections.count() > 0 => "Attached",
+            "Replica" if self.parts.site.attachable() && self.parts.connections.count() > 0 => "Attached",
             name => name,
         };
         let report = Report {
