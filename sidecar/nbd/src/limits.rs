@@ -6,9 +6,11 @@ use std::time::Duration;
 /// size, so that a connection needs little memory whatever it asks for. Also the alignment at which requests are cut.
 pub const PART_BYTES: u32 = 1 << 20;
 
-/// Replies collected before they are sent although more requests are at hand, in bytes: the client shall work on the
-/// first replies while we fetch the next.
-pub const CORK_BYTES: usize = 128 << 10;
+/// Replies are collected while more requests are at hand, up to this weight, in bytes: the client shall work on the
+/// first replies while we work on the next requests, or both would take turns at sleeping.
+pub const CORK_WEIGHT_MAX: usize = 128 << 10;
+/// What a reply weighs beyond its bytes: eight small ones are enough to wake the client for.
+pub const CORK_WEIGHT_REPLY: usize = 16 << 10;
 
 /// Receive buffer of a connection, in bytes: 32 writes of 4 KiB and their headers come in with one system call.
 pub const INBOX_BYTES: usize = 160 << 10;

@@ -24,7 +24,7 @@ use watari_core::front::{Completion, Errno};
 use watari_core::nbd::reply;
 
 use crate::buffers::Buffers;
-use crate::limits::{Limits, PART_BYTES};
+use crate::limits::{CORK_WEIGHT_MAX, CORK_WEIGHT_REPLY, Limits, PART_BYTES};
 use crate::lock;
 use crate::outbox::{Batch, Sent};
 use crate::zeroes::Runs;
@@ -139,8 +139,8 @@ pub(crate) struct Link {
     room: Condvar,
     /// The writer thread waits here for something to do.
     writer: Condvar,
-    /// Bytes in `pending`, readable without the lock.
-    corked_bytes: AtomicUsize,
+    /// Weight of `pending`, readable without the lock.
+    corked: AtomicUsize,
 }
 
 impl Link {
@@ -172,7 +172,7 @@ impl Link {
             }),
             room: Condvar::new(),
             writer: Condvar::new(),
-            corked_bytes: AtomicUsize::new(0),
+            corked: AtomicUsize::new(0),
         })
     }
 
@@ -184,14 +184,19 @@ impl Link {
     /// This thread gave the reading role away: what it collected leaves now, later completions here send at once.
     pub fn leave_reading(&self) {
         READER_OF.set(0);
-        if self.corked_bytes() > 0 {
+        if self.corked.load(Ordering::Relaxed) > 0 {
             self.flush(Role::Other);
         }
     }
 
-    /// Bytes of replies that wait to be sent together.
-    pub fn corked_bytes(&self) -> usize {
-        self.corked_bytes.load(Ordering::Relaxed)
+    /// Whether so many replies wait to be sent together that they should not wait any longer.
+    pub fn corked_enough(&self) -> bool {
+        self.corked.load(Ordering::Relaxed) >= CORK_WEIGHT_MAX
+    }
+
+    fn note_corked(&self, state: &State) {
+        let weight = state.pending.bytes() + state.pending.replies * CORK_WEIGHT_REPLY;
+        self.corked.store(weight, Ordering::Relaxed);
     }
 
     pub fn counters(&self) -> Counters {
@@ -295,7 +300,7 @@ impl Link {
         state.counters.errors += u64::from(failed);
         state.pending.header(write);
         state.pending.replies += 1;
-        self.corked_bytes.store(state.pending.bytes(), Ordering::Relaxed);
+        self.note_corked(&state);
         Some(())
     }
 
@@ -384,7 +389,7 @@ impl Link {
                 }
                 let State { pending, sending, .. } = &mut *state;
                 std::mem::swap(pending, sending);
-                self.corked_bytes.store(0, Ordering::Relaxed);
+                self.corked.store(0, Ordering::Relaxed);
             }
             let mut batch = std::mem::take(&mut state.sending);
             drop(state);
@@ -576,7 +581,7 @@ impl Link {
             }
             state.pending.replies += 1;
         }
-        self.corked_bytes.store(state.pending.bytes(), Ordering::Relaxed);
+        self.note_corked(state);
     }
 }
 

@@ -21,11 +21,11 @@ use watari_core::nbd::{Command, RequestHeader, Session, Verdict, reply};
 
 use crate::crew::Crew;
 use crate::inbox::Inbox;
-use crate::limits::CORK_BYTES;
 use crate::link::{Admitted, Flushed, Link, ReplyKind, Role, SCAN, part_count, part_range};
 
-/// Attempts to get the rest of a payload without sleeping: the client is in the middle of sending it.
-const PAYLOAD_SPINS: u32 = 64;
+/// Attempts to get the rest of a payload without sleeping, since the client is in the middle of sending it. Each lets
+/// others run first: on a busy machine the client may be waiting for this very processor.
+const PAYLOAD_YIELDS: u32 = 2;
 
 /// The connection is over.
 struct Ended(Detach);
@@ -102,7 +102,7 @@ impl Transmission {
             let header = RequestHeader::decode(bytes).ok_or(Ended(Detach::Lost))?;
             self.inbox.consume(REQUEST_BYTES);
             self.inbox.expect_more_like(0);
-            if self.link.corked_bytes() >= CORK_BYTES {
+            if self.link.corked_enough() {
                 self.link.flush(Role::Reader);
             }
             let request = match header.verify(&self.session) {
@@ -296,14 +296,14 @@ impl Transmission {
     /// Fill a payload. The client is sending it right now, so sleep only if it takes its time.
     fn payload(&mut self, data: &mut [u8]) -> Result<(), Ended> {
         let mut filled = self.inbox.take(data);
-        let mut spins = 0;
+        let mut yields = 0;
         while filled < data.len() {
             match self.inbox.receive(&self.link.socket, &mut data[filled..], false) {
                 Ok((_, 0)) => return Err(Ended(Detach::Lost)),
                 Ok((payload, _)) => filled += payload,
-                Err(Os::AGAIN) if spins < PAYLOAD_SPINS => {
-                    spins += 1;
-                    std::hint::spin_loop();
+                Err(Os::AGAIN) if yields < PAYLOAD_YIELDS => {
+                    yields += 1;
+                    std::thread::yield_now();
                 }
                 Err(Os::AGAIN) => filled += self.receive_waiting(&mut data[filled..])?,
                 Err(Os::INTR) => {}
