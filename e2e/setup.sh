@@ -6,12 +6,13 @@
 #
 # Needs root for the packages. What it leaves on the machine:
 #   - Debian packages (listed below), without recommended ones and without starting a service of theirs;
-#   - when Debian 12's own QEMU is too old: /etc/apt/sources.list.d/watari-backports.sources, which names the mirror that
+#   - where the release's own QEMU or libvirt is too old: /etc/apt/sources.list.d/watari-backports.sources, which names the mirror that
 #     this machine already uses;
 #   - target/e2e/kernel/ in the workspace: vmlinuz and modules of Debian's cloud kernel, unpacked, not installed.
 set -euo pipefail
 
-readonly QEMU_MAJOR_MIN=10 # the first QEMU whose migration and NBD behaviour the project was checked against
+# The oldest major versions whose migration, NBD and reconnect behaviour the project was checked against.
+declare -rA major_min=([qemu-system-x86]=10 [qemu-utils]=10 [libvirt-daemon]=11 [libvirt-daemon-driver-qemu]=11 [libvirt-clients]=11)
 readonly APT_LOCK_SECONDS=600 # another apt may be at work; waiting beats failing half-way
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -58,10 +59,10 @@ update_lists() { # at most once a run; the lists' own lock knows no timeout, so 
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 major_of() { sed -E 's/^[0-9]+://; s/[^0-9].*//' <<<"$1"; }
-qemu_is_new_enough() {
-    local version
-    version=$(dpkg-query -W -f '${Version}' qemu-system-x86 2>/dev/null) || return 1
-    [ "$(major_of "$version")" -ge $QEMU_MAJOR_MIN ]
+satisfied() { # installed, and new enough where that matters
+    installed "$1" || return 1
+    [ -n "${major_min[$1]:-}" ] || return 0
+    [ "$(major_of "$(dpkg-query -W -f '${Version}' "$1")")" -ge "${major_min[$1]}" ]
 }
 
 require_root() { [ "$(id -u)" = 0 ] || die "needs root to install: ${missing[*]} (run it with sudo)"; }
@@ -69,23 +70,25 @@ require_root() { [ "$(id -u)" = 0 ] || die "needs root to install: ${missing[*]}
 # --- packages -----------------------------------------------------------------------------------------------------------
 missing=()
 for package in "${packages[@]}"; do
-    installed "$package" || missing+=("$package")
+    satisfied "$package" || missing+=("$package")
 done
-if installed qemu-system-x86 && ! qemu_is_new_enough; then missing+=(qemu-system-x86 qemu-utils); fi
 
-candidate_major() { # of qemu-system-x86 in the given target release ("" for the default one)
-    local version
-    version=$(apt-cache ${1:+-t "$1"} policy qemu-system-x86 | sed -n 's/^  Candidate: //p')
-    [ -n "$version" ] && [ "$version" != "(none)" ] && major_of "$version" || echo 0
+available() { # are the missing packages new enough in the given target release ("" for the default one)?
+    local package version
+    for package in "${missing[@]}"; do
+        [ -n "${major_min[$package]:-}" ] || continue
+        version=$(apt-cache ${1:+-t "$1"} policy "$package" 2>/dev/null | sed -n 's/^  Candidate: //p')
+        [ -n "$version" ] && [ "$version" != "(none)" ] && [ "$(major_of "$version")" -ge "${major_min[$package]}" ] || return 1
+    done
 }
 
 if [ ${#missing[@]} -gt 0 ]; then
     require_root
     update_lists
     release=
-    if [ "$(candidate_major "")" -lt $QEMU_MAJOR_MIN ]; then
+    if ! available ""; then
         release=$codename-backports
-        if [ "$(candidate_major "$release" 2>/dev/null || echo 0)" -lt $QEMU_MAJOR_MIN ]; then
+        if ! available "$release"; then
             # The mirror is the one that already serves this release here; nothing else is assumed about the network.
             uri=$(apt-get indextargets --format '$(RELEASE)|$(COMPONENT)|$(REPO_URI)' 'Created-By: Packages' |
                 sed -n "s/^$codename|main|//p" | sed -n 1p)
@@ -99,7 +102,7 @@ if [ ${#missing[@]} -gt 0 ]; then
             updated=
             update_lists
         fi
-        [ "$(candidate_major "$release")" -ge $QEMU_MAJOR_MIN ] || die "QEMU $QEMU_MAJOR_MIN is in neither $codename nor $release"
+        available "$release" || die "neither $codename nor $release has new enough packages among: ${missing[*]}"
     fi
     say "installing: ${missing[*]}${release:+ (from $release where that is newer)}"
     # No service of these packages may start by itself: the tests run their own copies in their own namespaces.

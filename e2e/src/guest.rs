@@ -179,8 +179,9 @@ impl Control {
     /// Asks until an answer comes. Every command may be repeated.
     pub fn ask<T: DeserializeOwned>(&mut self, command: &str, timeout: Duration) -> Result<T, Error> {
         let deadline = Instant::now() + timeout;
-        // A long command (verify) must not be repeated while it still runs.
-        let mut patience = ASK_AGAIN;
+        // A long command must not be repeated while it still runs.
+        let long = ["verify", "pause", "sync"].contains(&command);
+        let mut patience = if long { ASK_AGAIN.max(timeout / 2) } else { ASK_AGAIN };
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let last = match self.attempt(command, patience.min(left.max(Duration::from_millis(1)))) {

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use watari_e2e::process::wait_until;
+use watari_e2e::process::{Builder, wait_until};
 use watari_e2e::{netns, reaper};
 
 /// The kernel and the reaper need a moment; this is far more.
@@ -74,6 +74,24 @@ fn sigterm_leaves_no_process_namespace_or_folder() -> anyhow::Result<()> {
 #[test]
 fn kill_9_leaves_no_process_namespace_or_folder() -> anyhow::Result<()> {
     start()?.end_by(libc::SIGKILL)
+}
+
+#[test]
+fn a_contained_daemon_takes_its_children_with_it() -> anyhow::Result<()> {
+    netns::require_root()?;
+    let log = reaper::run_folder().join("daemon.log");
+    // A daemon that makes a child in a session of its own, as libvirtd does with QEMU. The odd number finds it again.
+    let mut daemon =
+        Builder::new("daemon", "sh", &log).args(["-c", "setsid sleep 98765 & sleep 98764"]).contained().spawn()?;
+    let running = || {
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let lines = processes.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+        lines.filter(|line| line.starts_with(b"sleep\09876")).count()
+    };
+    wait_until("both to run", GONE, || (running() == 2).then_some(()))?;
+    daemon.kill9();
+    wait_until("both to be gone", GONE, || (running() == 0).then_some(()))?;
+    Ok(())
 }
 
 #[test]

@@ -171,6 +171,42 @@ fn a_pause_of_the_machine_is_measured_from_inside() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_guest_stopped_at_random_instants_loses_neither_its_mind_nor_a_block() -> anyhow::Result<()> {
+    let bed = TestBed::new("stops", Shape::default())?;
+    let disks = [disk(&bed.dir, "0.img")?];
+    let machine = Machine::small(1).with("rate=8000000").with("blocks=512").with("start=1");
+    let vm = Qemu::start(&bed.a, "vm", &machine, &files(&disks), Start::Boot)?;
+    let mut guest = vm.control();
+    guest.hello(BOOT)?;
+    // Lengths that look random and are the same in every run.
+    for turn in 0..60u64 {
+        vm.qmp.execute("stop", serde_json::json!({}))?;
+        std::thread::sleep(Duration::from_millis(turn * 37 % 61));
+        vm.qmp.execute("cont", serde_json::json!({}))?;
+        std::thread::sleep(Duration::from_millis(turn * 53 % 47));
+    }
+    let verdict = guest.verify(ANSWER)?;
+    ensure!(verdict.clean() && verdict.groups[0].right > 300, "{verdict:?}");
+    ensure!(guest.stats()?.clock_anomalies == 0);
+    Ok(())
+}
+
+#[test]
+fn the_serial_line_serves_as_control_line_too() -> anyhow::Result<()> {
+    let bed = TestBed::new("serial", Shape::default())?;
+    let disks = [disk(&bed.dir, "0.img")?];
+    let machine = Machine::small(1).with("control=ttyS0").with("start=1");
+    let vm = Qemu::start(&bed.a, "vm", &machine, &files(&disks), Start::Boot)?;
+    let mut guest = Control::new(vm.serial_socket());
+    guest.hello(BOOT)?;
+    write(&mut guest, 30)?;
+    ensure!(guest.verify(ANSWER)?.clean());
+    let log = std::fs::read_to_string(vm.serial_log())?;
+    ensure!(log.contains("WATARI-GUEST ready"), "the log has what the guest printed: {log}");
+    Ok(())
+}
+
+#[test]
 fn a_workload_on_ext4_runs_beside_the_one_on_raw_disks() -> anyhow::Result<()> {
     let bed = TestBed::new("ext4", Shape::default())?;
     let disks = [disk(&bed.dir, "0.img")?, disk(&bed.dir, "1.img")?];

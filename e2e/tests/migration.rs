@@ -48,7 +48,9 @@ fn a_writing_guest_moves_there_and_back_on_shared_files_and_loses_nothing() -> a
         let there = Qemu::start(site, &format!("vm{turn}"), &machine, &backing, Start::Incoming)?;
         std::thread::sleep(Duration::from_millis(1500));
         guest.reset_gaps()?;
-        let report = migrate(&here, &there, site, &MigrationOptions::default())?;
+        // The way back takes several streams, as KubeVirt does.
+        let options = MigrationOptions { channels: 4 * turn as u32, ..MigrationOptions::default() };
+        let report = migrate(&here, &there, site, &options)?;
         guest.move_to(there.control_socket());
         std::thread::sleep(Duration::from_millis(2500));
         let gaps = guest.stats().context("the guest answers where it is now")?.gaps;

@@ -6,8 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use watari_e2e::netns::Netns;
+use watari_e2e::process::{Builder, wait_until};
+use watari_e2e::reaper;
 use watari_e2e::site::{Site, TestBed};
-use watari_e2e::wan::{Direction, Shape, control};
+use watari_e2e::wan::{Direction, Report, Shape, control};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -157,11 +160,13 @@ fn jitter_spreads_the_delay_and_order_is_kept() -> anyhow::Result<()> {
     ensure!(best >= 20 * MS && worst <= 110 * MS && worst - best > 20 * MS, "from {best:?} to {worst:?}");
 
     let (near, far) = (udp(&bed.a, 7003)?, udp(&bed.b, 7003)?);
-    for number in 0..500u32 {
+    // Few enough for the receiving socket's buffer, should nobody read for a while.
+    const COUNT: u32 = 150;
+    for number in 0..COUNT {
         near.send_to(&number.to_le_bytes(), (bed.b.address, 7003))?;
     }
     let mut last = None;
-    for _ in 0..500 {
+    for _ in 0..COUNT {
         let mut bytes = [0; 4];
         far.recv(&mut bytes)?;
         let number = u32::from_le_bytes(bytes);
@@ -260,6 +265,35 @@ fn a_running_link_obeys_its_control_socket() -> anyhow::Result<()> {
     let median = ping(&bed, 5)?[2];
     ensure!((40 * MS..43 * MS).contains(&median), "{median:?}");
     ensure!(control::ask(&socket, "explode")?.contains("unknown command"));
+    Ok(())
+}
+
+#[test]
+fn the_emulator_is_a_program_of_its_own_too() -> anyhow::Result<()> {
+    let (a, b) = (Netns::create("prog-a")?, Netns::create("prog-b")?);
+    let socket = reaper::run_folder().join("program.sock");
+    let program = env!("CARGO_BIN_EXE_watari-wan");
+    let mut emulator = Builder::new("watari-wan", program, reaper::run_folder().join("program.log"))
+        .args(["run", "--a", a.name(), "--b", b.name(), "--mtu", "9000", "--control"])
+        .arg(&socket)
+        .args(["rate=1G", "delay=3ms"])
+        .spawn()?;
+    wait_until("the control socket", Duration::from_secs(5), || socket.exists().then_some(()))?;
+    let near = a.enter(|| UdpSocket::bind(("10.77.0.1", 7010)))??;
+    let far = b.enter(|| UdpSocket::bind(("10.77.0.2", 7010)))??;
+    far.set_read_timeout(Some(Duration::from_secs(2)))?;
+    // In one piece only because of the large MTU.
+    near.send_to(&[7; 8000], ("10.77.0.2", 7010))?;
+    ensure!(far.recv(&mut [0; 9000])? == 8000);
+    let ctl = |command: &str| -> anyhow::Result<(bool, String)> {
+        let output = std::process::Command::new(program).arg("ctl").arg(&socket).args(command.split(' ')).output()?;
+        Ok((output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned()))
+    };
+    let (good, answer) = ctl("stats")?;
+    let report: Report = serde_json::from_str(&answer)?;
+    ensure!(good && report.a_to_b.counters.delivered_bytes >= 8028 && report.a_to_b.shape.rate == Some(1_000_000_000));
+    ensure!(!ctl("set both rate=fast")?.0, "nonsense is refused with an exit code");
+    emulator.check()?;
     Ok(())
 }
 

@@ -108,7 +108,7 @@ impl Qemu {
         let boot = BootFiles::prepare()?;
         let folder = site.dir.clone();
         let path = |ending: &str| folder.join(format!("{name}.{ending}"));
-        for ending in ["qmp", "control"] {
+        for ending in ["qmp", "control", "tty"] {
             let _ = std::fs::remove_file(path(ending));
         }
         let full_name = format!("{name}@{}", site.name);
@@ -141,6 +141,10 @@ impl Qemu {
     /// The host's end of the guest's control line.
     pub fn control_socket(&self) -> PathBuf {
         self.folder.with_extension("control")
+    }
+    /// The host's end of the guest's serial line (a control line too, with the guest's setting `control=ttyS0`).
+    pub fn serial_socket(&self) -> PathBuf {
+        self.folder.with_extension("tty")
     }
     /// What the guest's kernel and program print.
     pub fn serial_log(&self) -> PathBuf {
@@ -207,8 +211,10 @@ fn arguments(machine: &Machine, boot: &BootFiles, folder: &Path, name: &str) -> 
         &boot.initramfs.display().to_string(),
         "-append",
         &append,
+        "-chardev",
+        &format!("socket,id=serial,path={},server=on,wait=off,logfile={}", path("tty"), path("serial")),
         "-serial",
-        &format!("file:{}", path("serial")),
+        "chardev:serial",
         "-qmp",
         &format!("unix:{},server=on,wait=off", path("qmp")),
         "-device",

@@ -77,7 +77,7 @@ impl FromStr for Direction {
     }
 }
 
-/// One end: the namespace's file and the address (with prefix length) that the device gets there.
+/// One end: the namespace's file (`/run/netns/NAME`, `/proc/PID/ns/net`) and the address (with prefix length) that the device gets there.
 #[derive(Clone, Debug)]
 pub struct End {
     pub netns: PathBuf,

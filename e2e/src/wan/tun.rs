@@ -36,12 +36,14 @@ pub struct Tun {
 impl Tun {
     /// Makes device `name` in the namespace, with an address (`10.0.0.1/30`), up.
     pub fn create(netns_path: &Path, name: &str, address: &str, mtu: u32) -> Result<Tun, Error> {
-        let tun = netns::enter(netns_path, || Tun::open(name))?.map_err(Error::Tun)?;
-        let namespace = netns_path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let (mtu, queue) = (mtu.to_string(), KERNEL_QUEUE_PACKETS.to_string());
-        netns::ip(&["-n", namespace, "address", "add", address, "dev", name])?;
-        netns::ip(&["-n", namespace, "link", "set", name, "mtu", &mtu, "txqueuelen", &queue, "up"])?;
-        Ok(tun)
+        netns::enter(netns_path, || {
+            let tun = Tun::open(name).map_err(Error::Tun)?;
+            // The command inherits this thread's namespace, which need not have a name.
+            netns::ip(&["address", "add", address, "dev", name])?;
+            netns::ip(&["link", "set", name, "mtu", &mtu, "txqueuelen", &queue, "up"])?;
+            Ok(tun)
+        })?
     }
 
     /// Opens the device in the calling thread's namespace.
