@@ -29,6 +29,7 @@ mod link;
 pub mod listener;
 pub mod local;
 mod outbox;
+mod parts;
 pub mod server;
 mod transmission;
 mod zeroes;

@@ -27,6 +27,7 @@ use crate::buffers::Buffers;
 use crate::limits::{CORK_WEIGHT_MAX, CORK_WEIGHT_REPLY, Limits, PART_BYTES};
 use crate::lock;
 use crate::outbox::{Batch, Sent};
+use crate::parts::{SCAN, part_range, slot_and_part};
 use crate::zeroes::Runs;
 
 thread_local! {
@@ -498,11 +499,6 @@ impl Link {
         }
     }
 
-    /// The number under which a part is submitted to the disk.
-    pub fn part_id(index: u16, part: u32) -> u64 {
-        u64::from(index) | u64::from(part) << 16
-    }
-
     fn queue_part(state: &mut State, request: &Admitted, part: u32, data: Vec<u8>, runs: &Runs, last: bool) {
         let (offset, length) = part_range(request.offset, request.length, part);
         let payload = state.pending.payload(data, Buffers::accounted(length));
@@ -527,7 +523,7 @@ impl Link {
     }
 
     fn finish_part(&self, state: &mut State, id: u64, result: Result<(), Errno>, data: Vec<u8>, runs: &Runs) {
-        let (index, part) = (id as u16, (id >> 16) as u32);
+        let (index, part) = slot_and_part(id);
         state.in_disk -= 1;
         let slot = &mut state.slots[usize::from(index)];
         slot.parts_left -= 1;
@@ -590,34 +586,10 @@ impl Completion for Link {
         // Looking for zeroes happens before the lock: it reads the data, and other completions need not wait for it.
         let runs = if id & SCAN != 0 && result.is_ok() { Runs::of(&data) } else { Runs::data(data.len()) };
         let mut state = lock(&self.state);
-        self.finish_part(&mut state, id & !SCAN, result, data, &runs);
+        self.finish_part(&mut state, id, result, data, &runs);
         self.wake_reader(&mut state);
         if state.owner == Owner::Free && READER_OF.get() != self.id {
             drop(self.flush_locked(state, Role::Other));
         }
     }
-}
-
-/// Marks a part in whose data zeroes are looked for.
-pub(crate) const SCAN: u64 = 1 << 48;
-
-/// How many disk requests a client's request becomes.
-pub(crate) fn part_count(offset: u64, length: u32) -> u32 {
-    let part = u64::from(PART_BYTES);
-    if length <= PART_BYTES {
-        return 1;
-    }
-    let (first, end) = (offset / part, offset + u64::from(length));
-    (end.div_ceil(part) - first) as u32
-}
-
-/// The range of one of them: the whole request if it is short, else cut at multiples of [`PART_BYTES`].
-pub(crate) fn part_range(offset: u64, length: u32, part: u32) -> (u64, u32) {
-    if length <= PART_BYTES {
-        return (offset, length);
-    }
-    let size = u64::from(PART_BYTES);
-    let boundary = (offset / size + u64::from(part)) * size;
-    let (start, stop) = (boundary.max(offset), (boundary + size).min(offset + u64::from(length)));
-    (start, (stop - start) as u32)
 }

@@ -21,7 +21,8 @@ use watari_core::nbd::{Command, RequestHeader, Session, Verdict, reply};
 
 use crate::crew::Crew;
 use crate::inbox::Inbox;
-use crate::link::{Admitted, Flushed, Link, ReplyKind, Role, SCAN, part_count, part_range};
+use crate::link::{Admitted, Flushed, Link, ReplyKind, Role};
+use crate::parts::{SCAN, part_count, part_id, part_range};
 
 /// Attempts to get the rest of a payload without sleeping, since the client is in the middle of sending it. Each lets
 /// others run first: on a busy machine the client may be waiting for this very processor.
@@ -153,7 +154,7 @@ impl Transmission {
         let (index, data) = self.admit(header, self.status(), false, 1, 0)?;
         let (offset, length) = (header.offset, u64::from(header.length));
         let reply = self.reply.clone();
-        Ok(Some(Request { id: Link::part_id(index, 0), op, offset, length, fua, data, reply }))
+        Ok(Some(Request { id: part_id(index, 0), op, offset, length, fua, data, reply }))
     }
 
     fn read(&mut self, header: &RequestHeader, unfragmented: bool) -> Result<Option<Request>, Ended> {
@@ -172,7 +173,7 @@ impl Transmission {
         let mut index = 0;
         for part in 0..parts {
             let (offset, data) = self.part(header, kind, part, parts, &mut index)?;
-            let request = self.request(Link::part_id(index, part) | scan, Op::Read, offset, false, data);
+            let request = self.request(part_id(index, part) | scan, Op::Read, offset, false, data);
             if part + 1 == parts && !alone {
                 return Ok(Some(request));
             }
@@ -197,7 +198,7 @@ impl Transmission {
                 self.link.abandon(index, parts - part, Some(data.len() as u32));
                 return Err(ended);
             }
-            let request = self.request(Link::part_id(index, part), Op::Write, offset, fua, data);
+            let request = self.request(part_id(index, part), Op::Write, offset, fua, data);
             if part + 1 == parts {
                 return Ok(Some(request));
             }
