@@ -1,0 +1,125 @@
+//! `watari-sim soak` runs histories for as long as it is told, `watari-sim replay` shows one.
+
+use std::{
+    collections::BTreeSet,
+    process::ExitCode,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use clap::{Parser, Subcommand};
+use watari_sim::history::{self, Outcome};
+
+#[derive(Parser)]
+#[command(about = "Deterministic simulation of two Watari sites")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Histories one after the other, until the seeds or the minutes are used up or one fails.
+    Soak {
+        /// How many seeds.
+        #[arg(long, default_value_t = u64::MAX)]
+        seeds: u64,
+        /// The first seed.
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+        /// How long, minutes.
+        #[arg(long, default_value_t = 5.0)]
+        minutes: f64,
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
+        /// Stop after so many failures.
+        #[arg(long, default_value_t = 1)]
+        failures: usize,
+    },
+    /// One history, with everything that happened if it fails.
+    Replay {
+        #[arg(long)]
+        seed: u64,
+        /// Events to leave out, as `1-3,7`.
+        #[arg(long, default_value = "")]
+        without: String,
+        /// Shrink it first.
+        #[arg(long)]
+        shrink: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Soak { seeds, first, minutes, threads, failures } => soak(first, seeds, minutes, threads, failures),
+        Command::Replay { seed, without, shrink } => replay(seed, &history::parse_ranges(&without), shrink),
+    }
+}
+
+fn replay(seed: u64, without: &BTreeSet<u64>, shrink: bool) -> ExitCode {
+    if shrink {
+        std::panic::set_hook(Box::new(|_| {}));
+        let Err(what) = history::attempt(seed, without) else { return ExitCode::SUCCESS };
+        let failure = history::shrink(seed, &what, 2000);
+        println!("{}\n{}", failure.what, failure.command());
+        return ExitCode::FAILURE;
+    }
+    let Outcome { coverage, events, faults } = history::run(seed, without, true);
+    println!("{}seed {seed}: {events} events, {faults} faults, no violation", coverage.table());
+    ExitCode::SUCCESS
+}
+
+fn soak(first: u64, seeds: u64, minutes: f64, threads: usize, failures: usize) -> ExitCode {
+    std::panic::set_hook(Box::new(|_| {}));
+    let (next, ran, events) = (AtomicU64::new(first), AtomicU64::new(0), AtomicU64::new(0));
+    let total = Mutex::new(Outcome::default());
+    let failed = Mutex::new(Vec::new());
+    let stop = AtomicBool::new(false);
+    let end = Instant::now() + Duration::from_secs_f64(minutes * 60.0);
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let mut mine = Outcome::default();
+                while !stop.load(SeqCst) && Instant::now() < end {
+                    let seed = next.fetch_add(1, SeqCst);
+                    if seed - first >= seeds {
+                        break;
+                    }
+                    match history::attempt(seed, &BTreeSet::new()) {
+                        Ok(outcome) => {
+                            mine.coverage.add(&outcome.coverage);
+                            mine.faults += outcome.faults;
+                            events.fetch_add(outcome.events, SeqCst);
+                        }
+                        Err(what) => {
+                            let failure = history::shrink(seed, &what, 400);
+                            println!("seed {seed} FAILED: {}\n  {}", failure.what, failure.command());
+                            let mut failed = failed.lock().expect("no thread panics with it");
+                            failed.push(failure);
+                            stop.fetch_or(failed.len() >= failures, SeqCst);
+                        }
+                    }
+                    ran.fetch_add(1, SeqCst);
+                }
+                let mut total = total.lock().expect("no thread panics with it");
+                total.coverage.add(&mine.coverage);
+                total.faults += mine.faults;
+            });
+        }
+    });
+    let total = total.into_inner().expect("no thread panics with it");
+    let (ran, seconds) = (ran.into_inner(), began.elapsed().as_secs_f64());
+    print!("{}", total.coverage.table());
+    println!(
+        "{ran} histories, {} events, {} faults in {seconds:.1} s ({:.0} histories/s), {} violations",
+        events.into_inner(),
+        total.faults,
+        ran as f64 / seconds,
+        failed.lock().map_or(0, |f| f.len())
+    );
+    if failed.into_inner().is_ok_and(|f| f.is_empty()) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,556 @@
+//! The source's duty, as `sidecar/src/engine/{source,build}.rs` does it: polls, reads that go on step by step beside the
+//! guest's writes, frames, books, what must be compared, and what is forgotten when.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use watari_core::{
+    frame::{FrameHeader, FrameId, content_digest},
+    geometry::{BLOCK_BYTES, Block, DiskIndex, Extent, Generation, Sequence, Session, blocks_for},
+    handover::Event,
+    primary::{Limits, Phase, Primary, Read, Step},
+    record::RoleRecord,
+    replica::images::image_name,
+    storage::Storage,
+};
+
+use crate::{
+    content::Words,
+    ctx::Ctx,
+    net::{Body, Hello, OutFrame, Verdict, WireId},
+    node::{REGION_BLOCKS, Region, regions_of},
+    process::Process,
+};
+
+/// Where the marks of a starting source come from.
+#[derive(Clone, Debug)]
+pub enum Baseline {
+    Marks,
+    Compare(BTreeSet<Region>),
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Frozen { cut: u64 },
+    Current,
+    Preserved,
+}
+
+/// One read that a reader thread works on.
+#[derive(Clone, Debug)]
+struct Job {
+    kind: Kind,
+    read: Read,
+    /// Extents whose digests are still to be asked for.
+    ask: Vec<Extent>,
+    asked: Option<(u64, Extent)>,
+    peer: BTreeMap<Block, [u8; 16]>,
+    next: usize,
+    content: Option<Vec<u8>>,
+    pieces: Vec<(Block, Vec<u8>)>,
+    lost: bool,
+    failed: bool,
+    done: bool,
+}
+
+/// See the module's header.
+pub struct Source {
+    pub primary: Primary,
+    kept: BTreeMap<Sequence, OutFrame>,
+    compare: BTreeSet<(u16, u64)>,
+    wire: Option<WireId>,
+    /// The peer's folder at the last contact of this session.
+    known_site: Option<watari_core::record::Id>,
+    jobs: Vec<Job>,
+    syncing: bool,
+    remainder_told: Option<Generation>,
+    next_ask: u64,
+    epoch: u64,
+    session: Session,
+    /// Peer is full, in its words.
+    pub peer_full: bool,
+    /// Time before which there is nothing to do.
+    pub wait_until: u64,
+}
+
+impl Source {
+    pub fn new(ctx: &Ctx, record: &RoleRecord, session: Session, base: Option<Generation>) -> Source {
+        let limits = Limits {
+            interval_millis: ctx.setup.interval_millis,
+            preserve_bytes: ctx.setup.preserve_bytes,
+            paused: false,
+        };
+        let base = base.unwrap_or(record.base);
+        let (epoch, reserved) = (record.epoch.counter, record.numbers_reserved);
+        Source {
+            primary: Primary::new(limits, epoch, session, base, reserved, reserved),
+            kept: BTreeMap::new(),
+            compare: BTreeSet::new(),
+            wire: None,
+            known_site: None,
+            jobs: Vec::new(),
+            syncing: false,
+            remainder_told: None,
+            next_ask: 0,
+            epoch,
+            session,
+            peer_full: false,
+            wait_until: 0,
+        }
+    }
+
+    pub fn busy(&self) -> bool {
+        !self.jobs.is_empty() || self.syncing
+    }
+}
+
+fn block_digest(disk: DiskIndex, block: Block, content: &[u8]) -> [u8; 16] {
+    let whole = content_digest(disk, &[Extent { start: block, blocks: 1 }], content);
+    whole[..16].try_into().unwrap_or_default()
+}
+
+fn extents_of(blocks: impl Iterator<Item = Block>) -> Vec<Extent> {
+    let mut out: Vec<Extent> = Vec::new();
+    for block in blocks {
+        match out.last_mut() {
+            Some(e) if e.end() == block => e.blocks += 1,
+            _ => out.push(Extent { start: block, blocks: 1 }),
+        }
+    }
+    out
+}
+
+impl Process {
+    fn blocks(&self, ctx: &Ctx, disk: DiskIndex) -> u64 {
+        blocks_for(ctx.setup.sizes[usize::from(disk.0)])
+    }
+
+    fn must_compare(&mut self, disk: DiskIndex, first: u64, blocks: u64) {
+        self.tracker.mark(disk, Extent::new(first, blocks as u32));
+        if let Some(source) = &mut self.source {
+            source.compare.extend((first..first + blocks).map(|b| (disk.0, b)));
+        }
+    }
+
+    pub fn compare_everything(&mut self, ctx: &mut Ctx, why: &str) {
+        ctx.cov.hit(format!("full compare: {why}"));
+        for disk in self.tracker.disk_indices() {
+            self.must_compare(disk, 0, self.blocks(ctx, disk));
+        }
+    }
+
+    pub fn take_baseline(&mut self, ctx: &mut Ctx, baseline: Baseline) {
+        let Baseline::Compare(regions) = baseline else { return };
+        for (disk, region) in regions {
+            let (disk, first) = (DiskIndex(disk), region * REGION_BLOCKS);
+            let blocks = REGION_BLOCKS.min(self.blocks(ctx, disk) - first);
+            self.must_compare(disk, first, blocks);
+        }
+    }
+
+    /// Read whole blocks; beyond the end of the disk is zero. `None`: the power is off.
+    pub fn read_blocks(&self, ctx: &Ctx, disk: DiskIndex, extent: Extent) -> Option<Vec<u8>> {
+        let mut content = vec![0; extent.bytes() as usize];
+        let inside = (ctx.setup.sizes[usize::from(disk.0)] - extent.start.offset()).min(extent.bytes()) as usize;
+        self.images.read(&image_name(disk), extent.start.offset(), &mut content[..inside]).ok()?;
+        Some(content)
+    }
+
+    /// The peer's images are empty and never had a commit: what is not zero here must cross.
+    fn mark_allocated(&mut self, ctx: &Ctx) {
+        for disk in self.tracker.disk_indices() {
+            for block in 0..self.blocks(ctx, disk) {
+                let content = self.read_blocks(ctx, disk, Extent::new(block, 1)).unwrap_or_default();
+                if content.iter().any(|b| *b != 0) {
+                    self.tracker.mark(disk, Extent::new(block, 1));
+                }
+            }
+        }
+    }
+
+    pub fn source_link_up(&mut self, ctx: &mut Ctx, hello: &Hello, same_history: bool) {
+        let Some(source) = &mut self.source else { return };
+        let base = source.primary.base();
+        let ours = hello.session == source.session.0;
+        let known = source.known_site.replace(hello.site) == Some(hello.site);
+        let held = |s: Sequence| hello.staged.iter().any(|(a, b)| *a <= s && s <= *b);
+        let held: Option<&dyn Fn(Sequence) -> bool> = if ours { Some(&held) } else { None };
+        let kept = &source.kept;
+        source.primary.link_up(ctx.now, &self.tracker, held, hello.committed, &|s| kept.contains_key(&s));
+        let awaited = matches!(source.primary.phase(), Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } if *generation == hello.committed);
+        source.remainder_told = None;
+        source.wire = self.link.map(|l| l.wire);
+        if known && hello.committed.number >= base.number {
+            if hello.committed != base && !awaited {
+                ctx.cov.hit("rebase: a commit whose word was lost");
+                source.primary.rebase(hello.committed);
+            }
+        } else if hello.virgin {
+            source.compare.clear();
+            self.mark_allocated(ctx);
+        } else if !same_history {
+            self.compare_everything(ctx, "no common history");
+        } else if hello.committed.number < base.number && !awaited {
+            self.compare_everything(ctx, "the peer's folder is behind");
+        } else if hello.committed != base && !awaited {
+            ctx.cov.hit("rebase: a commit whose word was lost");
+            source.primary.rebase(hello.committed);
+        }
+    }
+
+    pub fn source_link_down(&mut self) {
+        if let Some(source) = &mut self.source {
+            source.primary.link_down();
+            source.wire = None;
+        }
+    }
+
+    pub fn source_message(&mut self, ctx: &mut Ctx, body: Body) {
+        let Some(source) = &mut self.source else { return };
+        match body {
+            Body::Verdict { generation, verdict } => match verdict {
+                Verdict::Committed => source.primary.committed(ctx.now, generation),
+                Verdict::Lacks(missing) => {
+                    let kept = &source.kept;
+                    source.primary.lacks(&self.tracker, generation, &missing, &|s| kept.contains_key(&s));
+                }
+                Verdict::Conflict(text) => {
+                    ctx.note(|| format!("    conflict: {text}"));
+                    self.abandon();
+                    self.compare_everything(ctx, "the target refused a commit");
+                }
+            },
+            Body::Durable { session, sequences } => {
+                if session == source.session.0 {
+                    sequences.iter().for_each(|s| source.primary.durable(ctx.now, *s, *s));
+                    let primary = &source.primary;
+                    source.kept.retain(|s, _| primary.needs_payload(*s));
+                }
+            }
+            Body::Digests { id, digests } => {
+                for job in &mut source.jobs {
+                    if let Some((_, extent)) = job.asked.filter(|(asked, _)| *asked == id) {
+                        let blocks = (extent.start.0..extent.end().0).map(Block);
+                        job.peer.extend(blocks.zip(digests.iter().copied()));
+                        job.asked = None;
+                    }
+                }
+            }
+            Body::Full(full) => {
+                source.peer_full = full;
+                source.primary.block(full);
+            }
+            _ => {}
+        }
+    }
+
+    fn abandon(&mut self) {
+        if let Some(source) = &mut self.source {
+            source.primary.abandon(&self.tracker);
+            self.preserve.clear();
+        }
+    }
+
+    /// One thing that the source does next; `false`: nothing.
+    pub fn source_step(&mut self, ctx: &mut Ctx) -> bool {
+        if self.source.is_none() {
+            return false;
+        }
+        if std::mem::take(&mut self.give_up) {
+            ctx.cov.hit("a generation is given up");
+            self.abandon();
+            return true;
+        }
+        let preserved = self.preserve.len() as u64;
+        let Some(source) = &mut self.source else { return false };
+        let step = source.primary.poll(ctx.now, &self.tracker, preserved);
+        ctx.note(|| format!("    site {} {step:?}", self.index));
+        let new = |kind, read: Read, compare: bool| Job {
+            kind,
+            ask: if compare { read.extents.clone() } else { Vec::new() },
+            read,
+            asked: None,
+            peer: BTreeMap::new(),
+            next: 0,
+            content: None,
+            pieces: Vec::new(),
+            lost: false,
+            failed: false,
+            done: false,
+        };
+        let compare = &source.compare;
+        let needs = |read: &Read| {
+            let blocks = |e: &Extent| (e.start.0..e.end().0).any(|b| compare.contains(&(read.disk.0, b)));
+            read.extents.iter().any(blocks)
+        };
+        match step {
+            Step::Cut { generation } => self.cut(ctx, generation),
+            Step::ReadFrozen { read, cut } => {
+                ctx.cov.hit("read frozen");
+                let compare = needs(&read);
+                source.jobs.push(new(Kind::Frozen { cut }, read, compare));
+            }
+            Step::ReadCurrent { read } => {
+                ctx.cov.hit("read early");
+                let compare = needs(&read);
+                source.jobs.push(new(Kind::Current, read, compare));
+            }
+            Step::SendPreserved { read } => {
+                ctx.cov.hit("send preserved");
+                source.jobs.push(new(Kind::Preserved, read, false));
+            }
+            Step::Resend(sequence) => {
+                ctx.cov.hit("resend");
+                if let (Some(frame), Some(wire)) = (source.kept.get(&sequence), source.wire) {
+                    ctx.net.send_frame(wire, ctx.rng.below(8) as usize, frame.clone());
+                }
+            }
+            Step::Commit { list, .. } => {
+                if list.entries.iter().any(|e| !e.excluded.is_empty()) {
+                    ctx.cov.hit("a commit list excludes blocks");
+                }
+                let (generation, parent, entries, root) = (list.generation, list.parent, list.entries, list.root);
+                self.send(ctx, Body::List { generation, parent, entries, root });
+            }
+            Step::SyncDisks => source.syncing = true,
+            Step::Wait { until_millis } => {
+                source.wait_until = until_millis;
+                return self.after_pump(ctx);
+            }
+        }
+        true
+    }
+
+    fn cut(&mut self, ctx: &mut Ctx, generation: Generation) {
+        ctx.cov.hit("cut");
+        let in_flight = self.writes_in_flight();
+        if !in_flight.is_empty() {
+            ctx.cov.hit("cut with writes in flight");
+        }
+        ctx.truth.cut(self.index, generation, &in_flight);
+        let Some(source) = &mut self.source else { return };
+        let cut = self.tracker.cut();
+        source.primary.cut_made(ctx.now, &self.tracker, generation, cut);
+    }
+
+    fn after_pump(&mut self, ctx: &mut Ctx) -> bool {
+        let Some(source) = &mut self.source else { return false };
+        if source.primary.wants_numbers() {
+            self.reserve_numbers(ctx);
+            return true;
+        }
+        let dirty = self.tracker.current_blocks() + self.tracker.frozen_blocks() + self.preserve.len() as u64;
+        if self.tracker.is_sealed()
+            && self.tracker.writes_in_flight() == 0
+            && let Some(generation) = source.primary.remainder(dirty)
+            && source.remainder_told != Some(generation)
+        {
+            source.remainder_told = Some(generation);
+            self.granted = true;
+            self.apply(ctx, Event::RemainderSent { generation });
+            return true;
+        }
+        false
+    }
+
+    /// The fdatasync that follows a commit, if one is under way.
+    pub fn source_sync(&mut self, ctx: &mut Ctx) -> bool {
+        if !self.source.as_ref().is_some_and(|s| s.syncing) {
+            return false;
+        }
+        let synced = self.sync_disks(ctx);
+        let Some(source) = &mut self.source else { return true };
+        source.syncing = false;
+        if !synced {
+            self.dead = true;
+            return true;
+        }
+        source.primary.forget(&self.tracker);
+        source.kept.clear();
+        if self.tracker.current_blocks() == 0 && self.tracker.staged_blocks() == 0 {
+            source.compare.clear();
+        }
+        // Regions that were not written since the last sweep and have no mark go from the log.
+        let cold: Vec<Region> = self.logged.iter().filter(|r| !self.hot.contains(r)).copied().collect();
+        self.hot.clear();
+        for (disk, region) in cold {
+            let last = (region * REGION_BLOCKS + REGION_BLOCKS).min(self.blocks(ctx, DiskIndex(disk))) - 1;
+            if !self.tracker.any_mark(DiskIndex(disk), Block(region * REGION_BLOCKS), Block(last)) {
+                ctx.cov.hit("a region is forgotten");
+                self.logged.remove(&(disk, region));
+                self.region_log.borrow_mut().remove(&(disk, region));
+            }
+        }
+        self.remember_base(ctx);
+        true
+    }
+
+    pub fn log_regions(&mut self, disk: DiskIndex, first: Block, last: Block) {
+        let regions: Vec<Region> = regions_of(disk, first, last).collect();
+        self.region_log.borrow_mut().extend(regions.iter().copied());
+        self.hot.extend(regions.iter().copied());
+        self.logged.extend(regions);
+    }
+
+    pub fn source_jobs(&self) -> usize {
+        self.source.as_ref().map_or(0, |s| s.jobs.len())
+    }
+
+    /// One step of one reader; `false`: it waits.
+    pub fn job_step(&mut self, ctx: &mut Ctx, which: usize) -> bool {
+        let Some(mut job) = self.source.as_mut().filter(|s| which < s.jobs.len()).map(|s| s.jobs.swap_remove(which)) else {
+            return false;
+        };
+        let did = self.work(ctx, &mut job);
+        if !job.done {
+            if let Some(source) = &mut self.source {
+                source.jobs.push(job);
+            }
+            return did;
+        }
+        self.built(ctx, job);
+        true
+    }
+
+    fn work(&mut self, ctx: &mut Ctx, job: &mut Job) -> bool {
+        let wire = self.source.as_ref().and_then(|s| s.wire);
+        if job.asked.is_some() {
+            if wire.is_some() && !ctx.rng.one_in(40) {
+                return false;
+            }
+            // The link is gone, or the peer is too slow: content instead of digests.
+            job.asked = None;
+        }
+        if wire.is_some()
+            && let Some(extent) = job.ask.pop()
+        {
+            let id = self.source.as_mut().map_or(0, |s| {
+                s.next_ask += 1;
+                s.next_ask
+            });
+            job.asked = Some((id, extent));
+            self.send(ctx, Body::DigestAsk { id, disk: job.read.disk, extent });
+            return true;
+        }
+        job.ask.clear();
+        let disk = job.read.disk;
+        if matches!(job.kind, Kind::Preserved) {
+            self.take_preserved(job);
+            return true;
+        }
+        let Some(extent) = job.read.extents.get(job.next).copied() else {
+            job.done = true;
+            return true;
+        };
+        let Some(content) = job.content.take() else {
+            let last = Block(extent.end().0 - 1);
+            if let Kind::Frozen { cut } = job.kind
+                && self.tracker.writes_before_cut(cut, disk, extent.start, last)
+            {
+                return false;
+            }
+            job.content = self.read_blocks(ctx, disk, extent);
+            if job.content.is_none() {
+                (job.failed, job.done) = (true, true);
+            }
+            return true;
+        };
+        self.claim(ctx, job, extent, &content);
+        job.next += 1;
+        job.done |= job.next == job.read.extents.len();
+        true
+    }
+
+    fn claim(&mut self, ctx: &mut Ctx, job: &mut Job, extent: Extent, content: &[u8]) {
+        let disk = job.read.disk;
+        if matches!(job.kind, Kind::Frozen { .. }) {
+            self.tracker.stage(disk, extent);
+        }
+        for (i, block) in (extent.start.0..extent.end().0).map(Block).enumerate() {
+            let at = i * BLOCK_BYTES as usize;
+            let here = &content[at..at + BLOCK_BYTES as usize];
+            if matches!(job.kind, Kind::Current) {
+                if !self.tracker.overwritten(disk, block) {
+                    job.pieces.push((block, here.to_vec()));
+                } else {
+                    ctx.cov.hit("early read: overwritten meanwhile");
+                }
+            } else if self.tracker.claim_frozen(disk, block) {
+                job.pieces.push((block, here.to_vec()));
+            } else if let Some(kept) = self.preserve.remove(&(disk.0, block.0)) {
+                ctx.cov.hit("frozen read: the guest was first, its preserved content is taken");
+                job.pieces.push((block, kept));
+            } else if self.tracker.generation_open() {
+                (job.lost, job.done) = (true, true);
+                return;
+            }
+        }
+    }
+
+    fn take_preserved(&mut self, job: &mut Job) {
+        job.done = true;
+        let Some((disk, _)) = self.preserve.keys().next().copied() else { return };
+        job.read.disk = DiskIndex(disk);
+        let keys: Vec<_> = self.preserve.keys().filter(|(d, _)| *d == disk).take(256).copied().collect();
+        for key in keys {
+            if let Some(content) = self.preserve.remove(&key) {
+                self.tracker.stage(DiskIndex(disk), Extent::new(key.1, 1));
+                job.pieces.push((Block(key.1), content));
+            }
+        }
+    }
+
+    /// A read has become frames (or failed): enter them into the books and send them.
+    fn built(&mut self, ctx: &mut Ctx, mut job: Job) {
+        let Some(source) = &mut self.source else { return };
+        if job.failed || job.lost {
+            if matches!(job.kind, Kind::Current) {
+                job.read.extents.iter().for_each(|e| self.tracker.mark(job.read.disk, *e));
+            }
+            source.primary.frames_built(ctx.now, job.read.sequence, &[]);
+            self.give_up |= job.lost;
+            return;
+        }
+        job.pieces.sort_unstable_by_key(|(b, _)| *b);
+        let (epoch, session, disk) = (source.epoch, source.session, job.read.disk);
+        let id = |nth| FrameId { epoch, session, sequence: Sequence(job.read.sequence.0 + nth) };
+        let (mut data, mut zero, mut same) = (Vec::new(), Vec::new(), Vec::new());
+        for (block, content) in &job.pieces {
+            if job.peer.get(block).is_some_and(|d| *d == block_digest(disk, *block, content)) {
+                same.push((*block, content));
+            } else if content.iter().all(|b| *b == 0) {
+                zero.push(*block);
+            } else {
+                data.push((*block, content));
+            }
+        }
+        let joined = |pieces: &[(Block, &Vec<u8>)]| pieces.iter().flat_map(|(_, c)| c.iter().copied()).collect::<Vec<u8>>();
+        let mut frames = Vec::new();
+        if !data.is_empty() {
+            let content = joined(&data);
+            let short = (!ctx.rng.one_in(3)).then(|| Words::compress(&content));
+            let extents = extents_of(data.iter().map(|(b, _)| *b));
+            let header = FrameHeader::data(id(0), disk, extents, &content, short.as_deref()).expect("a frame of ours");
+            frames.push(OutFrame { header, payload: short.unwrap_or(content) });
+        }
+        if !zero.is_empty() {
+            let header = FrameHeader::zero(id(1), disk, extents_of(zero.into_iter())).expect("a frame of ours");
+            ctx.cov.hit("a zero frame");
+            frames.push(OutFrame { header, payload: Vec::new() });
+        }
+        if !same.is_empty() {
+            let extents = extents_of(same.iter().map(|(b, _)| *b));
+            let digest = content_digest(disk, &extents, &joined(&same));
+            let header = FrameHeader::same(id(2), disk, extents, digest).expect("a frame of ours");
+            ctx.cov.hit("a same frame");
+            frames.push(OutFrame { header, payload: Vec::new() });
+        }
+        let headers: Vec<_> = frames.iter().map(|f| f.header.clone()).collect();
+        source.primary.frames_built(ctx.now, job.read.sequence, &headers);
+        for frame in frames {
+            if let Some(wire) = source.wire {
+                ctx.net.send_frame(wire, ctx.rng.below(8) as usize, frame.clone());
+            }
+            source.kept.insert(frame.header.sequence, frame);
+        }
+    }
+}
