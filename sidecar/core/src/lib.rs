@@ -17,6 +17,7 @@ pub mod geometry;
 pub mod handover;
 pub mod limits;
 pub mod nbd;
+pub mod primary;
 pub mod record;
 pub mod replica;
 pub mod regions;

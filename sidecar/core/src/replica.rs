@@ -22,6 +22,7 @@ pub mod inspect;
 pub mod journal;
 pub mod list;
 pub mod manifest;
+mod open;
 mod retention;
 mod rollback;
 mod staging;
@@ -194,6 +195,10 @@ pub enum Event {
     /// A generation is in the image, synced, and its journal is retired.
     Applied(Generation),
     RolledBack(Generation),
+    /// The folder was opened although these committed generations were damaged; they are gone, newest first.
+    Salvaged {
+        lost: Vec<Generation>,
+    },
 }
 
 /// Fill `buf` or fail: a file that ends early is damaged.

@@ -450,3 +450,39 @@ fn decay_in_journal_and_undo_is_found_and_nothing_is_changed_by_looking() {
     assert_eq!(store.apply_step(1), Err(ReplicaError::ReadOnly));
     assert_eq!(medium.operations(), before, "inspection writes nothing");
 }
+
+#[test]
+fn a_damaged_committed_generation_refuses_the_folder_until_a_person_gives_it_up() {
+    for begun in [false, true] {
+        let medium = SimMedium::new();
+        let mut store = five(&medium, options(9));
+        let sixth = vec![stage(&mut store, 20, 3, 4, 8), stage(&mut store, 21, 9, 4, 8)];
+        assert_eq!(commit(&mut store, 6, sixth), CommitAnswer::Committed);
+        while begun && store.manifest().applying.is_none() {
+            store.apply_step(1).unwrap();
+        }
+        if begun {
+            // The first of the two frames.
+            store.apply_step(1).unwrap();
+        }
+        drop(store);
+        let names = medium.folder("meta").list().unwrap();
+        let journal = names.iter().rfind(|name| name.starts_with("journal-")).unwrap();
+        medium.rot("meta", journal, medium.folder("meta").len(journal).unwrap() - 500, 3);
+        let before = medium.operations();
+        let refused = try_open(&medium, options(9)).map(|_| ());
+        assert!(matches!(refused, Err(ReplicaError::Corrupt { .. })), "{refused:?}");
+        assert_eq!(medium.operations(), before, "nothing was touched");
+        let mut store = try_open(&medium, Options { salvage: true, ..options(9) }).unwrap().unwrap();
+        assert_eq!(store.take_events(), [Event::Salvaged { lost: vec![generation(6)] }]);
+        store.apply_all().unwrap();
+        let mut store = open(&medium, options(9));
+        assert_eq!(kept(&store), [5, 4, 3, 2, 1]);
+        let found: Vec<u8> = (0..8).map(|at| block(&mut store, 5, at)).collect();
+        assert_eq!(found, [5, 7, 7, 7, 7, 7, 0, 0]);
+        assert_eq!(store.verify(), Ok(vec![]));
+        let again = stage(&mut store, 30, 3, 8, 8);
+        assert_eq!(commit(&mut store, 7, vec![again]), CommitAnswer::Committed);
+        assert_eq!(block(&mut store, 7, 5), 8);
+    }
+}

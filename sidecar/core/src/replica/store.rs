@@ -1,16 +1,14 @@
-//! The engine's state, how a folder is created and opened, and what it reports.
-//!
-//! Opening reads everything and checks it before it changes anything: a damaged or newer folder is left as it was. What
-//! interrupted work left behind (unfinished files, retired lists, orphaned undo) is removed only after that.
+//! The engine's state, how a folder is created, and how kept generations are read.
 
 use super::{
     Claim, Event, Images, Mark, ReplicaError, View, ViewCache,
     apply::Work,
     commit::Committing,
     delta::DeltaMap,
-    journal::{FrameKey, Journal, JournalLimits, Unfinished},
-    list::{self, ListHeader},
+    journal::{FrameKey, Journal, JournalLimits},
+    list,
     manifest::{MANIFEST_MAGIC, MANIFEST_NAME, MANIFEST_VERSION, Manifest},
+    open::Salvage,
     retention::Policy,
     staging::Unjournaled,
     undo::{self, UndoIndex, UndoInfo},
@@ -47,6 +45,9 @@ pub struct Options {
     pub policy: Policy,
     /// Refuse every change and leave the folder untouched (`inspect`).
     pub read_only: bool,
+    /// Where a committed generation that is not applied turns out to be damaged, go back to the newest one that is whole and
+    /// say which were lost ([`Event::Salvaged`]), instead of refusing the folder. For a person's decision only (I7).
+    pub salvage: bool,
 }
 
 impl Default for Options {
@@ -55,6 +56,7 @@ impl Default for Options {
             journal: JournalLimits { segment_bytes_max: 64 << 20, journal_bytes_max: 8 << 30 },
             policy: Policy::default(),
             read_only: false,
+            salvage: false,
         }
     }
 }
@@ -98,6 +100,7 @@ pub struct ReplicaStore<M, D> {
     /// What the last refusal for want of room asked for.
     pub(crate) full: BTreeMap<Claim, (String, u64)>,
     poisoned: Option<String>,
+    pub(crate) salvage: Option<Salvage>,
     undo_cache: BTreeMap<String, Weak<UndoIndex>>,
 }
 
@@ -136,45 +139,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         Ok(Self::assemble(meta, images, decompress, options, slot, manifest, journal))
     }
 
-    /// Open a folder. `Ok(None)` if there is no replica in it (or its creation was interrupted).
-    pub fn open(
-        meta: M,
-        images: D,
-        decompress: Box<dyn Decompress + Send>,
-        options: Options,
-    ) -> Result<Option<Self>, ReplicaError> {
-        let names = meta.list()?;
-        let Some((slot, payload)) = SlotFile::open(&meta, MANIFEST_NAME, MANIFEST_MAGIC, MANIFEST_VERSION)? else {
-            // Nothing else is written before the manifest is complete.
-            if names.iter().any(|name| is_ours(name) && name != MANIFEST_NAME) {
-                return Err(ReplicaError::corrupt(MANIFEST_NAME, "it is missing although other files are there"));
-            }
-            return Ok(None);
-        };
-        let manifest = Manifest::decode(&payload.bytes)
-            .map_err(|error| ReplicaError::corrupt(MANIFEST_NAME, &format!("{error}")))?;
-        check_images(&images, &manifest)?;
-        let (journal, unfinished) = Journal::load(&meta, &names, manifest.identity, options.journal)?;
-        let mut store = Self::assemble(meta, images, decompress, options, slot, manifest, journal);
-        store.load_pending(&names)?;
-        store.load_history(&names)?;
-        if !store.manifest.virgin {
-            // Unlisted frames that went into the image were dropped by the first commit.
-            let dropped: Vec<FrameKey> =
-                store.journal.staged().filter(|frame| frame.in_image).map(|frame| frame.key()).collect();
-            store.journal.drop_frames(dropped);
-        } else {
-            store.residue = store.manifest.direct_started;
-            // A killed process leaves image writes in the page cache; they are synced before a record of them counts.
-            store.dirty_disks = (0..store.manifest.disk_bytes.len() as u16).collect();
-        }
-        if !store.options.read_only {
-            store.clean_up(&names, unfinished)?;
-        }
-        Ok(Some(store))
-    }
-
-    fn assemble(
+    pub(crate) fn assemble(
         meta: M,
         images: D,
         decompress: Box<dyn Decompress + Send>,
@@ -205,112 +170,9 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
             events: Vec::new(),
             full: BTreeMap::new(),
             poisoned: None,
+            salvage: None,
             undo_cache: BTreeMap::new(),
         }
-    }
-
-    /// Follow the lists from the newest committed generation back to the applied one.
-    fn load_pending(&mut self, names: &[String]) -> Result<(), ReplicaError> {
-        let applied = self.manifest.applied.map(|mark| mark.generation);
-        let Some(newest) = self.manifest.newest else {
-            return Ok(());
-        };
-        if self.manifest.rolling_back.is_some() {
-            return Ok(());
-        }
-        let mut next = newest.generation;
-        while Some(next) != applied && next != Generation::default() {
-            let name = list::list_name(next);
-            if !names.contains(&name) {
-                return Err(ReplicaError::corrupt(&name, "the list of a committed generation is missing"));
-            }
-            let header = list::read_list_header(&self.meta, &name)?;
-            if header.mark.generation != next || header.parent.number >= next.number {
-                return Err(ReplicaError::corrupt(&name, "it is not the list of this generation"));
-            }
-            let delta = self.load_delta(&name, &header)?;
-            self.pending.push_front(Pending { mark: header.mark, delta: Arc::new(delta), list: name });
-            next = header.parent;
-        }
-        if self.pending.back().is_some_and(|pending| pending.mark != newest) {
-            return Err(ReplicaError::corrupt(MANIFEST_NAME, "its newest generation is not the one in the list"));
-        }
-        // A base that is not applied can only be the empty generation before the first commit.
-        if next == Generation::default() && applied.is_some() {
-            return Err(ReplicaError::corrupt(MANIFEST_NAME, "the applied generation is no ancestor of the newest"));
-        }
-        Ok(())
-    }
-
-    fn load_delta(&mut self, name: &str, header: &ListHeader) -> Result<DeltaMap, ReplicaError> {
-        let mut delta = DeltaMap::default();
-        let journal = &mut self.journal;
-        list::read_list(&self.meta, name, header, |entry| {
-            let key = FrameKey { session: entry.session, sequence: entry.sequence };
-            let frame = journal
-                .get(key)
-                .filter(|frame| frame.header.crc32 == entry.crc32 && frame.header.digest == entry.digest);
-            let Some(frame) = frame else {
-                return Err(ReplicaError::corrupt(name, &format!("committed frame {key:?} is not in the journal")));
-            };
-            delta.add(frame.clone(), entry.excluded);
-            journal.hold(key);
-            Ok(())
-        })?;
-        let rest = header.clear_rest.then(|| self.disk_blocks());
-        delta.seal(rest.as_deref()).map_err(|overlap| ReplicaError::corrupt(name, &format!("{overlap}")))
-    }
-
-    /// Follow the undo files from the image back.
-    fn load_history(&mut self, names: &[String]) -> Result<(), ReplicaError> {
-        let mut infos = Vec::new();
-        for name in names.iter().filter(|name| undo::is_undo_name(name)) {
-            infos.extend(undo::read_info(&self.meta, name)?);
-        }
-        let applied = self.manifest.applied.map(|mark| mark.generation);
-        let mut next = match self.manifest.applying {
-            Some(applying) if applying.undo => Some(applying.generation),
-            Some(_) => None,
-            None => applied,
-        };
-        while let Some(newer) = next {
-            // Where thinning was interrupted after it merged two files, the longer step is the decided one.
-            let found = infos.iter().filter(|info| info.newer == newer).min_by_key(|info| info.older.generation);
-            next = found.map(|info| info.older.generation).filter(|older| *older < newer);
-            self.history.extend(found.filter(|_| next.is_some()).cloned());
-        }
-        let needed = self.manifest.applying.is_some_and(|applying| applying.undo);
-        if needed && self.history.first().map(|info| Some(info.older.generation)) != Some(applied) {
-            return Err(ReplicaError::corrupt(MANIFEST_NAME, "the undo of the generation being applied is missing"));
-        }
-        if let Some(to) = self.manifest.rolling_back {
-            if self.history.iter().all(|info| info.older.generation != to) {
-                return Err(ReplicaError::corrupt(MANIFEST_NAME, "the undo for the roll-back is missing"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Remove what interrupted work left, and make durable what counts from now on.
-    fn clean_up(&mut self, names: &[String], unfinished: Vec<Unfinished>) -> Result<(), ReplicaError> {
-        let lists: BTreeSet<&str> = self.pending.iter().map(|pending| pending.list.as_str()).collect();
-        let undo: BTreeSet<&str> = self.history.iter().map(|info| info.name.as_str()).collect();
-        let mut orphans: Vec<String> = unfinished.into_iter().map(|Unfinished(name)| name).collect();
-        for name in names {
-            let orphan = (list::is_list_name(name) && !lists.contains(name.as_str()))
-                || (undo::is_undo_name(name) && !undo.contains(name.as_str()));
-            if orphan {
-                orphans.push(name.clone());
-            }
-        }
-        for name in &orphans {
-            remove_if_there(&mut self.meta, name)?;
-        }
-        self.journal.recover(&mut self.meta)?;
-        for disk in core::mem::take(&mut self.dirty_disks) {
-            self.sync_image(disk)?;
-        }
-        Ok(())
     }
 
     /// Refuse a change to a poisoned or read-only engine.
@@ -568,7 +430,7 @@ pub(crate) fn is_ours(name: &str) -> bool {
     name == MANIFEST_NAME || name.starts_with("journal-") || list::is_list_name(name) || undo::is_undo_name(name)
 }
 
-fn check_images<D: Images>(images: &D, manifest: &Manifest) -> Result<(), ReplicaError> {
+pub(crate) fn check_images<D: Images>(images: &D, manifest: &Manifest) -> Result<(), ReplicaError> {
     for (disk, expected) in (0u16..).zip(&manifest.disk_bytes) {
         let found = images.size_bytes(DiskIndex(disk)).map_err(ReplicaError::Image)?;
         if found < *expected {

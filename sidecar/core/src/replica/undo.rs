@@ -212,11 +212,14 @@ impl UndoWriter {
         if let Some(last) = self.entries.last_mut() {
             assert!((last.disk, last.end()) <= (entry.disk, entry.start), "undo is captured in order");
             let joined = u64::from(last.blocks) + u64::from(entry.blocks);
-            if last.zero && entry.zero && last.disk == entry.disk && last.end() == entry.start {
-                if let Ok(blocks) = u32::try_from(joined) {
-                    last.blocks = blocks;
-                    return;
-                }
+            if last.zero
+                && entry.zero
+                && last.disk == entry.disk
+                && last.end() == entry.start
+                && let Ok(blocks) = u32::try_from(joined)
+            {
+                last.blocks = blocks;
+                return;
             }
         }
         self.entries.push(entry);

@@ -206,7 +206,7 @@ impl Harness {
     }
 
     fn options(&self) -> Options {
-        Options { journal: self.setup.journal, policy: self.setup.policy.clone(), read_only: false }
+        Options { journal: self.setup.journal, policy: self.setup.policy.clone(), ..Options::default() }
     }
 
     fn seams(&self) -> (SimStorage, StorageImages<SimStorage>) {

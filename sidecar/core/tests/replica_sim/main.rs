@@ -151,7 +151,7 @@ fn random_histories_with_losses_of_power_keep_every_committed_generation() {
     let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     let seeds = match number("REPLICA_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("REPLICA_SEEDS").unwrap_or(400),
+        None => 0..number("REPLICA_SEEDS").unwrap_or(150),
     };
     let (mut crashes, mut commits) = (0, 0);
     let histories = seeds.end - seeds.start;
