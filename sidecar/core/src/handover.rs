@@ -402,6 +402,8 @@ impl Site {
             return vec![Action::Refuse("this side is not Fenced: there is nothing to accept")];
         };
         let generation = self.record.base;
+        // What lies on our disks is no generation of anybody's: the new history begins with a comparison.
+        self.record.identity = [0; 16];
         vec![
             self.become_role(Role::Released { handover: [0; 16], generation }, by),
             Action::BecomeReplica { generation },

@@ -60,6 +60,14 @@ const EVENTS_PER_ROUND: usize = 256;
 /// Generation numbers reserved durably at a time.
 const NUMBERS_RESERVED: u64 = 1000;
 
+/// Below this lag (32 MiB) a move needs no slowing down.
+const SLOW_DOWN_BELOW_BLOCKS: u64 = 8192;
+/// Bounds of the delay of one guest write, microseconds.
+const SLOW_DOWN_MICROS_MIN: u64 = 200;
+const SLOW_DOWN_MICROS_MAX: u64 = 20_000;
+/// Pause between two attempts to leave `Untracked`: each writes a whole log.
+const LEAVE_UNTRACKED_PAUSE: Duration = Duration::from_secs(10);
+
 /// Flags that the guest's threads read.
 #[derive(Default)]
 pub struct Signals {
@@ -151,6 +159,9 @@ pub struct Brain {
     committed_before: u64,
     /// Guest writes may be slowed down so that a move converges.
     slow_down: bool,
+    lag_before: u64,
+    scheduled: Option<crate::throttle::Limit>,
+    next_leave: Instant,
 }
 
 impl Brain {
@@ -178,6 +189,9 @@ impl Brain {
             last_link_error: String::new(),
             committed_before: 0,
             slow_down: false,
+            lag_before: 0,
+            scheduled: None,
+            next_leave: Instant::now(),
         }
     }
 
@@ -532,6 +546,9 @@ impl Brain {
         if now >= self.next_beat {
             self.next_beat = now + Duration::from_secs(1);
             self.beat();
+            self.follow_schedule();
+            self.slow_down();
+            self.leave_untracked(now);
         }
         if now >= self.next_report {
             self.next_report = now + Duration::from_millis(100);
@@ -550,6 +567,50 @@ impl Brain {
         super::start::record_clean_stop(&self.parts);
         self.make_report();
         code
+    }
+
+    /// Time windows: the limit of this second, unless somebody set another one meanwhile.
+    fn follow_schedule(&mut self) {
+        let limit = self.parts.config.bandwidth.limit_at((unix_millis() / 1000) as i64);
+        if self.scheduled != Some(limit) {
+            if self.scheduled.is_some() {
+                self.parts.throttle.set_limit(limit);
+            }
+            self.scheduled = Some(limit);
+        }
+    }
+
+    /// While converging, and only if allowed: slow guest writes down until the lag shrinks.
+    fn slow_down(&mut self) {
+        let Some(source) = &self.source else { return };
+        let tracker = &self.parts.shared.tracker;
+        let lag = tracker.current_blocks() + tracker.frozen_blocks();
+        let slow = &self.parts.shared.slow_down_micros;
+        let now = slow.load(SeqCst);
+        let next = if !self.slow_down || !source.primary.converging() || lag < SLOW_DOWN_BELOW_BLOCKS {
+            0
+        } else if lag >= self.lag_before {
+            (now * 2).clamp(SLOW_DOWN_MICROS_MIN, SLOW_DOWN_MICROS_MAX)
+        } else {
+            now
+        };
+        self.lag_before = lag;
+        if next != now {
+            slow.store(next, SeqCst);
+        }
+    }
+
+    /// A metadata folder that works again: a complete new log, and a comparison of everything.
+    fn leave_untracked(&mut self, now: Instant) {
+        if !self.parts.shared.untracked() || self.parts.shared.pass_through || now < self.next_leave {
+            return;
+        }
+        self.next_leave = now + LEAVE_UNTRACKED_PAUSE;
+        let Some(source) = &mut self.source else { return };
+        match super::start::new_log(&self.parts.config, &self.parts.shared, self.parts.session) {
+            Ok(()) => source.compare_everything("changes were not logged for a while"),
+            Err(error) => tracing::warn!(error, "the region log cannot be written yet"),
+        }
     }
 
     fn refresh_hello(&self) {

@@ -43,7 +43,7 @@ impl ReplicaFolder {
         ReplicaFolder {
             dir: config.folder.join(REPLICA_DIR),
             disks: config.disks.iter().zip(sizes).map(|(d, s)| (d.path.clone(), *s)).collect(),
-            options: Options { journal, policy: policy(&config.retention), read_only: false },
+            options: Options { journal, policy: policy(&config.retention), ..Options::default() },
         }
     }
 

@@ -19,7 +19,8 @@ use watari_core::{
     replica::list::Entry,
 };
 use watari_wire::replication::{
-    CommitPart, CommitResult, DigestRequest, Hello, commit_result::Outcome, control_message::Body,
+    CommitPart, CommitResult, DigestRequest, Hello, SequenceRange, Superseded, commit_result::Outcome,
+    control_message::Body,
 };
 
 use super::{
@@ -39,6 +40,8 @@ const READS_MAX: usize = 8;
 const DIGEST_WAIT: Duration = Duration::from_secs(20);
 /// Entries of a commit list per message: 5000 × 54 bytes and their bitmaps stay far below a message's limit.
 const ENTRIES_PER_PART: usize = 5000;
+/// Time between two looks for overtaken frames, milliseconds: each walks over all books.
+const SUPERSEDE_MILLIS: u64 = 2000;
 /// Blocks whose need for comparing is remembered together (one frame's worth).
 const COMPARE_BLOCKS: u64 = 256;
 
@@ -211,6 +214,7 @@ pub struct Source {
     known_site: Option<bytes::Bytes>,
     /// Generations that somebody waits for, with the number they want committed.
     remainder_told: Option<Generation>,
+    next_supersede_millis: u64,
     pub level: Option<i32>,
     folder: PathBuf,
     epoch: u64,
@@ -261,6 +265,7 @@ impl Source {
             reads: 0,
             known_site: None,
             remainder_told: None,
+            next_supersede_millis: 0,
             level,
             folder,
             epoch,
@@ -355,14 +360,17 @@ impl Source {
             }
         } else if hello.virgin {
             // Nothing is there, whatever we sent before: only what is allocated here needs to cross.
+            self.primary.rebase(committed);
             self.compare.clear();
             self.mark_allocated();
             if base != Generation::default() {
                 self.full_compare = Some(FullCompare("the peer's replica is new and empty".into()));
             }
         } else if !same_history {
+            self.primary.rebase(committed);
             self.compare_everything("the two sites share no common history");
         } else if committed.number < base.number && !awaited {
+            self.primary.rebase(committed);
             self.compare_everything("the peer's folder is behind what it had committed: restored from an old copy?");
         } else if committed != base && !awaited {
             // It committed and the word of it was lost with our former worker: our marks cover more, never less.
@@ -520,6 +528,7 @@ impl Source {
                 }
             }
         }
+        self.tell_superseded(now);
         if self.primary.wants_numbers() {
             return Asked::Numbers;
         }
@@ -533,6 +542,21 @@ impl Source {
             return Asked::Remainder(generation);
         }
         Asked::Nothing
+    }
+
+    /// While staging goes on without a commit, frames that were overtaken are named, so that the target's journal can
+    /// take newer ones in their place.
+    fn tell_superseded(&mut self, now: u64) {
+        if now < self.next_supersede_millis || *self.primary.phase() != Phase::Idle {
+            return;
+        }
+        self.next_supersede_millis = now + SUPERSEDE_MILLIS;
+        let gone = self.primary.superseded(&self.shared.tracker);
+        if !gone.is_empty() {
+            self.kept.retain(|s, _| !gone.contains(s));
+            let ranges = gone.iter().map(|s| SequenceRange { first: s.0, last: s.0 }).collect();
+            self.send(Body::Superseded(Superseded { session: self.session.0, ranges }));
+        }
     }
 
     fn needs_compare(&self, read: &Read) -> bool {

@@ -28,7 +28,7 @@ use watari_store::{
     folder::Folder,
     lock::FolderLock,
     maps::{BootId, MapIdentity, MapMemory},
-    regions::{FileMedium, RegionLog, UntrackedReason, read_log},
+    regions::{FileMedium, MarksProof, RegionLog, UntrackedReason, read_log},
     trust::{self, LogFact, MapFact, Marks, StartFacts, StartState, TrustFact},
 };
 use watari_wire::{replication::Hello, report::Report};
@@ -157,6 +157,10 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         written_bytes: Default::default(),
         wake: Box::new(move || wake(Event::Wake)),
     });
+    if shared.pass_through {
+        // Recorded before the first untracked write: the next worker that tracks compares everything.
+        shared.tracker.maps().facts().set_untracked(true);
+    }
     shared.tracker.adopt();
     if !source {
         shared.tracker.clear_all();
@@ -445,6 +449,20 @@ fn open_tracking(
         }
     };
     Ok(Opened { maps, regions, baseline })
+}
+
+/// A complete new region log in place of one that failed. Every region is in it; what is clean is forgotten later.
+pub fn new_log(config: &Config, shared: &Shared, session: Session) -> Result<(), String> {
+    let layout = shared.regions.layout().clone();
+    let pair = PairId(config.pair.id.0);
+    let header = LogHeader { pair, log_id: random_u64(), session: session.0, sizes: layout.sizes().to_vec() };
+    let (folder, id) = (config.folder.clone(), header.log_id);
+    // The folder may hang: then this attempt is left behind.
+    let made = watari_store::regions::within(Duration::from_secs(1), move || {
+        FileMedium::create(&folder, &header, &layout, &RegionSet::all(&layout))
+    });
+    let medium = made.ok_or("the metadata folder hangs")?.map_err(|e| e.to_string())?;
+    shared.regions.leave_untracked(Box::new(medium), id, MarksProof::Rebuilt).map_err(|e| e.to_string())
 }
 
 fn serve_guest(config: &Config, disks: &Arc<Vec<GateDisk>>) -> Result<Vec<Server>, StartError> {

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use watari_core::{
     frame::{Frame, FrameHeader},
-    geometry::{Block, DiskIndex, Extent, Generation, Session},
+    geometry::{Block, DiskIndex, Extent, Generation, Sequence, Session},
     replica::{CommitAnswer, Entry, ErrorClass, Event as ReplicaEvent, Mark, Progress, ReplicaError},
 };
 use watari_store::replica::{FileReplica, Zstd};
 use watari_wire::replication::{
-    CommitPart, CommitResult, DigestReply, DigestRequest, Durable, SequenceRange, TargetState, commit_result::Outcome,
+    CommitPart, CommitResult, DigestReply, DigestRequest, Durable, SequenceRange, Superseded, TargetState,
+    commit_result::Outcome,
     control_message::Body,
 };
 
@@ -293,6 +294,14 @@ impl Target {
             }
         }
         self.more_to_apply
+    }
+
+    /// The source will never list these frames.
+    pub fn superseded(&mut self, m: &Superseded) {
+        let sequences: Vec<Sequence> = m.ranges.iter().flat_map(|r| r.first..=r.last).map(Sequence).collect();
+        if let Err(error) = self.store.supersede(&sequences) {
+            self.note("reclaiming", &error);
+        }
     }
 
     /// Commit list in hand, frames missing: look again.

@@ -235,6 +235,11 @@ impl Brain {
                     source.primary.block(!state.full.is_empty());
                 }
             }
+            Body::Superseded(m) => {
+                if let Some(target) = &mut self.target {
+                    target.superseded(&m);
+                }
+            }
             Body::Divergence(_) => {}
         }
     }
