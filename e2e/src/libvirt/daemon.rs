@@ -9,6 +9,7 @@ use std::{
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     process::Command,
+    sync::{Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::Duration,
 };
@@ -37,6 +38,9 @@ for place in $4; do
 done
 mkdir -p "$5"
 mount --bind "$cache" "$5"
+# libvirt looks its own host name up, many times; as in a Pod it is in /etc/hosts, whatever the machine's resolver is.
+printf '127.0.0.1 localhost %s\n' "$name" >"$folder/hosts"
+mount --bind "$folder/hosts" /etc/hosts
 hostname "$name"
 exec libvirtd
 "#;
@@ -49,7 +53,8 @@ const QEMU_CONF: &str = "user = \"root\"\ngroup = \"root\"\ndynamic_ownership = 
 pub struct LibvirtSite {
     /// "a" or "b".
     pub name: String,
-    pub(super) daemon: Process,
+    daemon: Mutex<Process>,
+    pid: u32,
     pub(super) folder: PathBuf,
     pub(super) netns: PathBuf,
     pub(super) address: std::net::Ipv4Addr,
@@ -85,16 +90,17 @@ impl LibvirtSite {
             .arg(places)
             .arg(CACHE)
             .spawn()?;
-        let netns = site.netns.path();
-        let mut started = LibvirtSite { name: site.name.clone(), daemon, folder, netns, address: site.address };
+        let (netns, pid) = (site.netns.path(), daemon.pid());
+        let daemon = Mutex::new(daemon);
+        let started = LibvirtSite { name: site.name.clone(), daemon, pid, folder, netns, address: site.address };
         started.wait_for_answer()?;
         Ok(started)
     }
 
-    fn wait_for_answer(&mut self) -> Result<(), Error> {
+    fn wait_for_answer(&self) -> Result<(), Error> {
         let what = format!("libvirtd of site {}", self.name);
-        wait_until(&what, START_TIMEOUT, || match self.daemon.check() {
-            Err(ended) => Some(Err(ended.into())),
+        wait_until(&what, START_TIMEOUT, || match self.check() {
+            Err(ended) => Some(Err(ended)),
             Ok(()) if self.inside("/run/libvirt/libvirt-sock").exists() => {
                 self.virsh(&["list", "--all"]).ok().map(|_| Ok(()))
             }
@@ -102,17 +108,27 @@ impl LibvirtSite {
         })?
     }
 
+    /// Fails when libvirtd has ended; with the end of its log.
+    pub fn check(&self) -> Result<(), Error> {
+        Ok(self.process().check()?)
+    }
+
+    fn process(&self) -> MutexGuard<'_, Process> {
+        self.daemon.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Where the harness finds what is at `path` inside this site. The result is short enough for a unix socket, whatever the
     /// workspace's own path, and valid while the site lives.
     pub fn inside(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();
         let relative = path.strip_prefix("/").expect("a place inside a site is an absolute path");
-        PathBuf::from(format!("/proc/{}/root", self.daemon.pid())).join(relative)
+        PathBuf::from(format!("/proc/{}/root", self.pid)).join(relative)
     }
 
     /// A folder inside this site, made if need be; returns where the harness finds it.
     pub fn folder_inside(&self, path: impl AsRef<Path>) -> Result<PathBuf, Error> {
         let folder = self.inside(path);
+        self.check()?;
         std::fs::create_dir_all(&folder).map_err(Error::io("a folder inside the site", &folder))?;
         Ok(folder)
     }
@@ -120,7 +136,7 @@ impl LibvirtSite {
     /// A process inside this site's namespaces, as a container of the virt-launcher Pod is: it sees the same `/run`. `site` is the one
     /// that this libvirtd was started at; the log is outside.
     pub fn command(&self, site: &Site, name: &str, program: impl AsRef<std::ffi::OsStr>) -> Builder {
-        let namespaces = |kind: &str| format!("/proc/{}/ns/{kind}", self.daemon.pid());
+        let namespaces = |kind: &str| format!("/proc/{}/ns/{kind}", self.pid);
         Builder::new(format!("{name}@{}", self.name), "nsenter", site.dir.join(format!("{name}.log")))
             .netns(&site.netns)
             .arg(format!("--mount={}", namespaces("mnt")))
@@ -139,6 +155,7 @@ impl LibvirtSite {
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
         }
+        self.check()?;
         let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         Err(Error::Virsh { site: self.name.clone(), command: arguments.join(" "), message })
     }
@@ -149,13 +166,13 @@ impl LibvirtSite {
 
     /// What libvirtd wrote to its log so far.
     pub fn log(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(self.daemon.log()).unwrap_or_default()).into_owned()
+        String::from_utf8_lossy(&std::fs::read(self.process().log()).unwrap_or_default()).into_owned()
     }
 
     /// Processes inside this site's mount namespace, libvirtd included.
     fn members(&self) -> Vec<libc::pid_t> {
         let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-        let Some(ours) = namespace(&self.daemon.pid().to_string()) else { return Vec::new() };
+        let Some(ours) = namespace(&self.pid.to_string()) else { return Vec::new() };
         // Before the shell has made its namespace it is still in the machine's.
         if Some(&ours) == namespace("self").as_ref() {
             return Vec::new();
@@ -175,7 +192,7 @@ impl LibvirtSite {
         job: impl FnOnce() -> T + Send + 'static,
     ) -> Result<JoinHandle<io::Result<T>>, Error> {
         let open = |kind: &str| {
-            let path = format!("/proc/{}/ns/{kind}", self.daemon.pid());
+            let path = format!("/proc/{}/ns/{kind}", self.pid);
             File::open(&path).map_err(Error::io("a namespace of the site", path))
         };
         let (network, mounts) = (open("net")?, open("mnt")?);
@@ -199,11 +216,11 @@ impl LibvirtSite {
 
 impl Drop for LibvirtSite {
     fn drop(&mut self) {
-        let daemon = self.daemon.pid() as libc::pid_t;
+        let daemon = self.pid as libc::pid_t;
         for pid in self.members().into_iter().filter(|pid| *pid != daemon) {
             // SAFETY: the process lives in a mount namespace that only this site's processes are in.
             unsafe { libc::kill(pid, libc::SIGKILL) };
         }
-        self.daemon.kill9();
+        self.process().kill9();
     }
 }
