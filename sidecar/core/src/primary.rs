@@ -115,10 +115,10 @@ impl Window {
     fn delivered(&mut self, now: u64, bytes: u64, delay: Option<u64>, limited: bool) {
         self.delivered += bytes;
         if let Some(delay) = delay {
-            // The smallest delay seen lately is the path's; a queue of our own making must not grow the window.
-            let sample = delay as f64;
-            self.ack_delay_millis =
-                if sample < self.ack_delay_millis { sample } else { self.ack_delay_millis * 0.98 + sample * 0.02 };
+            // The smallest delay seen lately is the path's. It may grow by a hundredth per second only: a queue of our own
+            // making must not grow the window that makes it.
+            let seconds = now.saturating_sub(self.marks.last().map_or(now, |(t, _)| *t)).min(10_000) as f64 / 1000.0;
+            self.ack_delay_millis = (self.ack_delay_millis * (1.0 + 0.01 * seconds)).min(delay as f64);
         }
         self.marks.push((now, self.delivered));
         self.marks.retain(|(t, _)| t + limits::RATE_WINDOW_MILLIS >= now);
@@ -291,6 +291,9 @@ impl Primary {
     ) {
         self.linked = true;
         self.resend.clear();
+        // A peer that is full says so again on this link.
+        self.blocked = false;
+        self.follow(tracker, committed);
         match self.phase {
             // The answer to our commit was lost.
             Phase::Committing { generation, .. } if committed == generation => self.committed(now, generation),
@@ -316,6 +319,42 @@ impl Primary {
         }
         self.resend = again.into_iter().map(Sequence).collect();
         self.lose(tracker, &gone);
+    }
+
+    /// What the peer has committed is what the next list must follow, whether we heard of that commit or the peer's
+    /// folder is another one than before (the shell then compares). An open generation that follows something else
+    /// can never commit.
+    fn follow<M: Maps>(&mut self, tracker: &Tracker<M>, committed: Generation) {
+        match self.phase {
+            Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } if generation == committed => return,
+            Phase::Idle | Phase::Open { .. } | Phase::Committing { .. } if committed == self.base => return,
+            Phase::Idle => {}
+            Phase::Open { .. } | Phase::Committing { .. } => self.abandon(tracker),
+            Phase::Forgetting { .. } => {
+                // The commit that we were told of is not there any more: nothing of it may be forgotten.
+                self.phase = Phase::Idle;
+                let all: Vec<u64> = self.books.keys().copied().collect();
+                self.lose(tracker, &all);
+            }
+        }
+        self.rebase(committed);
+    }
+
+    /// This side serves on under a higher epoch (its handover was voided). What it sent under the old one is below the
+    /// target's floor (I6) and goes again; a read that is under way comes back under its old name and must be reported
+    /// as failed by the shell.
+    pub fn raise_epoch<M: Maps>(&mut self, tracker: &Tracker<M>, epoch: u64) {
+        if epoch == self.epoch {
+            return;
+        }
+        self.epoch = epoch;
+        // A generation that is durable at the target already is forgotten as usual.
+        if !matches!(self.phase, Phase::Forgetting { .. }) {
+            self.abandon(tracker);
+            let all: Vec<u64> = self.books.keys().copied().collect();
+            self.lose(tracker, &all);
+            self.resend.clear();
+        }
     }
 
     /// The target has committed more than we knew (the word of it was lost with a former worker). Only between
@@ -470,6 +509,15 @@ impl Primary {
             && g == generation
         {
             self.phase = Phase::Forgetting { generation, cut_at_millis, syncing: false };
+            return;
+        }
+        // The answer for a generation that was given up while its list was under way: the next list must follow it.
+        // What it held stays marked, so nothing is forgotten.
+        if generation.number > self.base.number && !matches!(self.phase, Phase::Forgetting { .. }) {
+            self.base = generation;
+            if let Phase::Committing { list_sent, .. } = &mut self.phase {
+                *list_sent = false;
+            }
         }
     }
 
