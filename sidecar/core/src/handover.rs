@@ -112,7 +112,7 @@ pub enum Gate {
     Hold,
     /// Attached: reads are served by the peer, writes are held and cause an Acquire.
     Remote,
-    /// EIO for good.
+    /// EIO for good, to every connection that was made before; no write that passed the gate is admitted any more.
     Dead,
 }
 
@@ -129,7 +129,8 @@ pub enum Action {
     SealAndSend,
     /// Admit writes again.
     Unseal,
-    /// fdatasync every disk; nothing after this happens before it returned.
+    /// Wait for the writes that were admitted before a seal or fence, then fdatasync every disk; nothing after this
+    /// happens before it returned.
     SyncDisks,
     /// Commit and apply up to exactly this generation, then [`Event::Applied`].
     ApplyUpTo(Generation),
@@ -401,10 +402,13 @@ impl Site {
         let Role::Fenced { by } = self.record.role else {
             return vec![Action::Refuse("this side is not Fenced: there is nothing to accept")];
         };
-        let generation = self.record.base;
-        // What lies on our disks is no generation of anybody's: the new history begins with a comparison.
+        // What lies on our disks is no generation of anybody's. It becomes one, under a number that was never used, so that
+        // undo keeps it and nobody takes it for the base; and the new history begins with a comparison.
+        let generation = Generation { epoch: self.record.epoch.counter, number: self.record.numbers_reserved };
+        self.record.numbers_reserved.0 += 1;
         self.record.identity = [0; 16];
         vec![
+            Action::SyncDisks,
             self.become_role(Role::Released { handover: [0; 16], generation }, by),
             Action::BecomeReplica { generation },
         ]
