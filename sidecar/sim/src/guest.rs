@@ -4,6 +4,7 @@
 use watari_core::{
     geometry::{Block, DiskIndex, covering},
     handover::{Event, Gate},
+    record::Role,
     replica::images::image_name,
     storage::Storage,
     tracker::{Admission, Ticket},
@@ -142,7 +143,7 @@ impl Process {
     /// A read of the peer's attached guest: from our disk as it is now.
     pub fn serve_read(&mut self, ctx: &mut Ctx, id: u64, disk: usize, sector: u64, sectors: u64) {
         let role = self.role();
-        let may = role.is_active_side() || matches!(role, watari_core::record::Role::Released { .. });
+        let may = role.is_active_side() || matches!(role, Role::Released { .. });
         let mut data = vec![0; (sectors * SECTOR_BYTES) as usize];
         let read = self.images.read(&image_name(DiskIndex(disk as u16)), sector * SECTOR_BYTES, &mut data);
         let data = (may && read.is_ok()).then_some(data);
@@ -162,6 +163,14 @@ impl Process {
         }
         self.requests.push(active);
         did.then_some(None)
+    }
+
+    /// Writes that are admitted end now.
+    pub fn drain(&mut self, ctx: &mut Ctx) {
+        for _ in 0..1000 {
+            let Some(which) = self.requests.iter().position(|a| a.ticket.is_some()) else { return };
+            let _ = self.request_step(ctx, which);
+        }
     }
 
     fn advance(&mut self, ctx: &mut Ctx, a: &mut Active) -> bool {
@@ -248,6 +257,8 @@ impl Process {
         let logged = || regions_of(disk, first, last).all(|r| self.logged.contains(&r));
         match self.tracker.begin(disk, first, last, logged) {
             Admission::Go(ticket) => {
+                let role = self.role();
+                assert!(role.accepts_writes(), "I6: a guest write is admitted by a site that is {}", role.name());
                 self.hot.extend(regions_of(disk, first, last));
                 let mut blocks = Vec::new();
                 if ticket.generation_open {
@@ -334,9 +345,10 @@ impl Process {
     /// I6: a guest write goes to our disk now; may it?
     fn may_write(&self, ctx: &mut Ctx) {
         let record = self.site.record();
-        let sealed = matches!(record.role, watari_core::record::Role::Sealed { .. });
+        // Admitted before a seal or a fence it may still arrive, until the right is granted or the disks are a replica's.
+        let ends = matches!(record.role, Role::Sealed { .. } | Role::Fenced { .. } | Role::Released { .. });
         assert!(
-            record.role.accepts_writes() || sealed && !self.granted,
+            record.role.accepts_writes() || ends && !self.granted,
             "I6: a guest write reaches the disk of a site that is {}{}",
             record.role.name(),
             if self.granted { " and has granted the right to write" } else { "" }

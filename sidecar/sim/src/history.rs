@@ -11,7 +11,7 @@ use watari_core::{handover::Gate, primary::Phase, record::Role};
 use crate::{coverage::Coverage, ctx::Setup, operator, world::World};
 
 /// Rounds of peace until which everything must have come to rest.
-const PEACE_ROUNDS: u64 = 6000;
+const PEACE_ROUNDS: u64 = 1500;
 
 /// What a history was.
 #[derive(Clone, Debug, Default)]

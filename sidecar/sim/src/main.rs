@@ -38,6 +38,9 @@ enum Command {
         /// Stop after so many failures.
         #[arg(long, default_value_t = 1)]
         failures: usize,
+        /// Runs that shrinking a failure may take.
+        #[arg(long, default_value_t = 150)]
+        tries: u32,
     },
     /// One history, with everything that happened if it fails.
     Replay {
@@ -54,7 +57,9 @@ enum Command {
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Soak { seeds, first, minutes, threads, failures } => soak(first, seeds, minutes, threads, failures),
+        Command::Soak { seeds, first, minutes, threads, failures, tries } => {
+            soak(first, seeds, minutes, threads, failures, tries)
+        },
         Command::Replay { seed, without, shrink } => replay(seed, &history::parse_ranges(&without), shrink),
     }
 }
@@ -72,7 +77,7 @@ fn replay(seed: u64, without: &BTreeSet<u64>, shrink: bool) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn soak(first: u64, seeds: u64, minutes: f64, threads: usize, failures: usize) -> ExitCode {
+fn soak(first: u64, seeds: u64, minutes: f64, threads: usize, failures: usize, tries: u32) -> ExitCode {
     std::panic::set_hook(Box::new(|_| {}));
     let (next, ran, events) = (AtomicU64::new(first), AtomicU64::new(0), AtomicU64::new(0));
     let total = Mutex::new(Outcome::default());
@@ -96,7 +101,7 @@ fn soak(first: u64, seeds: u64, minutes: f64, threads: usize, failures: usize) -
                             events.fetch_add(outcome.events, SeqCst);
                         }
                         Err(what) => {
-                            let failure = history::shrink(seed, &what, 400);
+                            let failure = history::shrink(seed, &what, tries);
                             println!("seed {seed} FAILED: {}\n  {}", failure.what, failure.command());
                             let mut failed = failed.lock().expect("no thread panics with it");
                             failed.push(failure);

@@ -58,7 +58,7 @@ pub enum Body {
     Read { id: u64, disk: usize, sector: u64, sectors: u64 },
     ReadReply { id: u64, data: Option<Vec<u8>> },
     Full(bool),
-    Superseded(Vec<Sequence>),
+    Superseded(u64, Vec<Sequence>),
 }
 
 impl Body {
@@ -87,7 +87,7 @@ impl Body {
             Body::Read { .. } => "Read",
             Body::ReadReply { .. } => "ReadReply",
             Body::Full(_) => "Full",
-            Body::Superseded(_) => "Superseded",
+            Body::Superseded(..) => "Superseded",
         }
     }
 }

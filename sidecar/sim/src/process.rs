@@ -161,9 +161,16 @@ impl Process {
                         self.dead = true;
                         return;
                     }
+                    self.follow_epoch(ctx, &record);
                 }
                 Action::Send(m) => self.send(ctx, Body::Handover(m)),
-                Action::Gate(gate) => self.gate = gate,
+                Action::Gate(gate) => {
+                    if gate == Gate::Dead {
+                        // What passed the gate before must not be admitted after it.
+                        self.tracker.seal();
+                    }
+                    self.gate = gate;
+                }
                 Action::Converge(on) => {
                     if let Some(s) = &mut self.source {
                         s.primary.converge(on);
@@ -182,7 +189,12 @@ impl Process {
                         s.primary.seal(false);
                     }
                 }
-                Action::SyncDisks => self.dead |= !self.sync_disks(ctx),
+                Action::SyncDisks => {
+                    if self.tracker.is_sealed() {
+                        self.drain(ctx);
+                    }
+                    self.dead |= !self.sync_disks(ctx);
+                }
                 Action::ApplyUpTo(generation) => self.apply_goal = Some(generation),
                 Action::RollTo(generation) => self.roll_to(ctx, generation),
                 Action::BecomeSource { base } => self.become_source(ctx, base, Baseline::Marks),
@@ -195,6 +207,18 @@ impl Process {
             }
         }
         self.attachable = self.site.attachable();
+    }
+
+    /// A higher epoch is durable here: frames of a lower one are neither sent nor taken from now on (I6).
+    fn follow_epoch(&mut self, ctx: &mut Ctx, record: &RoleRecord) {
+        let counter = record.epoch.counter;
+        if let Some(source) = &mut self.source {
+            source.raise_epoch(&self.tracker, counter);
+        }
+        if let Some(target) = self.target.as_mut().filter(|_| record.role.receives()) {
+            let outcome = target.store.raise_floor(counter).map_err(|e| e.to_string());
+            target.note(ctx, outcome);
+        }
     }
 
     pub fn send(&mut self, ctx: &mut Ctx, body: Body) {
@@ -228,6 +252,9 @@ impl Process {
     fn become_replica(&mut self, ctx: &mut Ctx, generation: Generation) {
         self.source = None;
         self.preserve.clear();
+        if let Ok(found) = crate::content::read_all(&self.images, &ctx.setup.sizes) {
+            ctx.truth.adopted(generation, found);
+        }
         let counter = self.site.record().epoch.counter;
         match Target::adopt(ctx, &self.medium, &self.images, generation, counter) {
             Ok(target) => {
@@ -415,8 +442,8 @@ impl Process {
             }
             Body::Read { id, disk, sector, sectors } => self.serve_read(ctx, id, disk, sector, sectors),
             Body::ReadReply { id, data } => self.remote_reply(ctx, id, data),
-            Body::Superseded(sequences) => {
-                if let Some(target) = &mut self.target {
+            Body::Superseded(session, sequences) => {
+                if let Some(target) = self.target.as_mut().filter(|t| t.session() == session) {
                     let outcome = target.store.supersede(&sequences).map_err(|e| e.to_string());
                     target.note(ctx, outcome);
                 }

@@ -11,13 +11,14 @@ use watari_core::{
     record::RoleRecord,
     replica::images::image_name,
     storage::Storage,
+    tracker::Tracker,
 };
 
 use crate::{
     content::Words,
     ctx::Ctx,
     net::{Body, Hello, OutFrame, Verdict, WireId},
-    node::{REGION_BLOCKS, Region, regions_of},
+    node::{REGION_BLOCKS, Region, SharedMaps, regions_of},
     process::Process,
 };
 
@@ -47,8 +48,9 @@ struct Job {
     next: usize,
     content: Option<Vec<u8>>,
     pieces: Vec<(Block, Vec<u8>)>,
-    lost: bool,
     failed: bool,
+    /// Begun under an epoch that is over.
+    outdated: bool,
     done: bool,
 }
 
@@ -60,6 +62,8 @@ pub struct Source {
     wire: Option<WireId>,
     /// The peer's folder at the last contact of this session.
     known_site: Option<watari_core::record::Id>,
+    /// Generations given up so far, as last looked at.
+    given_up: u64,
     jobs: Vec<Job>,
     syncing: bool,
     remainder_told: Option<Generation>,
@@ -87,6 +91,7 @@ impl Source {
             compare: BTreeSet::new(),
             wire: None,
             known_site: None,
+            given_up: 0,
             jobs: Vec::new(),
             syncing: false,
             remainder_told: None,
@@ -95,6 +100,16 @@ impl Source {
             session,
             peer_full: false,
             wait_until: 0,
+        }
+    }
+
+    pub fn raise_epoch(&mut self, tracker: &Tracker<SharedMaps>, epoch: u64) {
+        if epoch != self.epoch {
+            self.epoch = epoch;
+            self.primary.raise_epoch(tracker, epoch);
+            // Frames of the old epoch are of no use to the target.
+            self.kept.clear();
+            self.jobs.iter_mut().for_each(|j| j.outdated = true);
         }
     }
 
@@ -255,6 +270,12 @@ impl Process {
         if self.source.is_none() {
             return false;
         }
+        let Some(source) = &mut self.source else { return false };
+        let given_up = source.primary.counters.given_up;
+        if std::mem::replace(&mut source.given_up, given_up) != given_up {
+            // Also when the primary gave it up by itself: old content must not meet the next cut.
+            self.preserve.clear();
+        }
         if std::mem::take(&mut self.give_up) {
             ctx.cov.hit("a generation is given up");
             self.abandon();
@@ -273,8 +294,8 @@ impl Process {
             next: 0,
             content: None,
             pieces: Vec::new(),
-            lost: false,
             failed: false,
+            outdated: false,
             done: false,
         };
         let compare = &source.compare;
@@ -334,6 +355,15 @@ impl Process {
 
     fn after_pump(&mut self, ctx: &mut Ctx) -> bool {
         let Some(source) = &mut self.source else { return false };
+        if ctx.rng.one_in(8) && *source.primary.phase() == Phase::Idle {
+            let gone = source.primary.superseded(&self.tracker);
+            if !gone.is_empty() {
+                source.kept.retain(|s, _| !gone.contains(s));
+                let session = source.session.0;
+                self.send(ctx, Body::Superseded(session, gone));
+                return true;
+            }
+        }
         if source.primary.wants_numbers() {
             self.reserve_numbers(ctx);
             return true;
@@ -479,10 +509,8 @@ impl Process {
             } else if let Some(kept) = self.preserve.remove(&(disk.0, block.0)) {
                 ctx.cov.hit("frozen read: the guest was first, its preserved content is taken");
                 job.pieces.push((block, kept));
-            } else if self.tracker.generation_open() {
-                (job.lost, job.done) = (true, true);
-                return;
             }
+            // Else its preserved content is on its way already, or the generation was given up and it is dirty again.
         }
     }
 
@@ -502,12 +530,14 @@ impl Process {
     /// A read has become frames (or failed): enter them into the books and send them.
     fn built(&mut self, ctx: &mut Ctx, mut job: Job) {
         let Some(source) = &mut self.source else { return };
-        if job.failed || job.lost {
-            if matches!(job.kind, Kind::Current) {
-                job.read.extents.iter().for_each(|e| self.tracker.mark(job.read.disk, *e));
-            }
+        if job.failed || job.outdated {
+            // What was claimed for this cut was not sent: it is dirty, and the cut has lost its content.
+            let claimed = job.pieces.iter().map(|(block, _)| Extent { start: *block, blocks: 1 });
+            let early = matches!(job.kind, Kind::Current);
+            let again: Vec<Extent> = if early { job.read.extents.clone() } else { claimed.collect() };
+            again.iter().for_each(|e| self.tracker.mark(job.read.disk, *e));
+            self.give_up |= !early && !again.is_empty();
             source.primary.frames_built(ctx.now, job.read.sequence, &[]);
-            self.give_up |= job.lost;
             return;
         }
         job.pieces.sort_unstable_by_key(|(b, _)| *b);

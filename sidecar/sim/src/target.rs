@@ -43,6 +43,7 @@ pub struct Target {
     pub store: Store,
     waiting: Option<Waiting>,
     unsynced: bool,
+    session: u64,
     full_until: Option<u64>,
     full: bool,
     told_full: bool,
@@ -54,7 +55,7 @@ fn options(ctx: &Ctx) -> Options {
     Options {
         journal: limits,
         policy: Policy { keep_last: ctx.setup.keep_last, ..Policy::default() },
-        read_only: false,
+        ..Options::default()
     }
 }
 
@@ -64,6 +65,7 @@ impl Target {
             store,
             waiting: None,
             unsynced: false,
+            session: 0,
             full_until: None,
             full: false,
             told_full: false,
@@ -167,10 +169,16 @@ impl Target {
 
     pub fn begin_session(&mut self, ctx: &mut Ctx, session: u64, epoch: u64) {
         self.waiting = None;
+        self.session = session;
         let outcome = self.store.set_session(Session(session)).and_then(|()| {
             if self.store.manifest().floor < epoch { self.store.raise_floor(epoch) } else { Ok(()) }
         });
         self.note(ctx, outcome.map_err(|e| e.to_string()));
+    }
+
+    /// Whose frames count here.
+    pub fn session(&self) -> u64 {
+        self.session
     }
 
     pub fn staged(&mut self, session: u64) -> Vec<(Sequence, Sequence)> {

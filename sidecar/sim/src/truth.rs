@@ -136,6 +136,15 @@ impl Truth {
         }
     }
 
+    /// A former active side's disks become a replica under this name. A fenced side's are a generation of their own.
+    pub fn adopted(&mut self, generation: Generation, found: Disks) {
+        if self.generations.contains_key(&generation) {
+            self.check_generation(generation, &found, "disks that become a replica");
+        } else {
+            self.generations.insert(generation, GenTruth { content: found, in_flight: BTreeMap::new(), fixed: true });
+        }
+    }
+
     /// The content of a generation that is fixed.
     pub fn content(&self, generation: Generation) -> Option<&Disks> {
         self.generations.get(&generation).map(|g| &g.content)
