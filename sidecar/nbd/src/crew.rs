@@ -16,8 +16,8 @@ use std::time::Duration;
 use crate::lock;
 use crate::transmission::{Next, Transmission};
 
-/// One that reads and one that waits; beyond that the disk's pool does the same job without a role to pass.
-const CREW_THREADS_MAX: usize = 2;
+/// One that reads and two that wait or copy; beyond that the disk's pool does the same job without a role to pass.
+const CREW_THREADS_MAX: usize = 3;
 /// Stack of a connection's thread, in bytes: buffers live on the heap, but a disk's prologue and epilogue run here.
 pub(crate) const STACK_BYTES: usize = 512 << 10;
 /// A member that is not needed for so long goes home.
@@ -28,7 +28,7 @@ thread_local! {
     static ROLE: RefCell<Option<Box<Transmission>>> = const { RefCell::new(None) };
 }
 
-/// For a disk, inside `submit`: "I am about to wait on this thread." If the thread reads a connection, it gives
+/// For a disk, inside `submit`: "I am about to wait, or work for long, on this thread." If the thread reads a connection, it gives
 /// that role to a colleague and the answer is `true`: waiting now holds up nobody. Otherwise `false`: use a pool.
 pub fn step_aside() -> bool {
     let Some(role) = ROLE.take() else { return false };
@@ -40,6 +40,12 @@ pub fn step_aside() -> bool {
             false
         }
     }
+}
+
+/// For a disk, inside `submit`: whether this thread reads a connection that has sent further requests already, so
+/// that stepping aside for this one lets them be received meanwhile.
+pub fn more_at_hand() -> bool {
+    ROLE.with_borrow(|role| role.as_ref().is_some_and(|role| role.has_more()))
 }
 
 /// The crew of one connection.

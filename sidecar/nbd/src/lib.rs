@@ -34,7 +34,7 @@ pub mod server;
 mod transmission;
 mod zeroes;
 
-pub use crew::step_aside;
+pub use crew::{more_at_hand, step_aside};
 pub use exports::{ExportTable, Exports};
 pub use limits::Limits;
 pub use local::{FileDisk, LocalDisk};

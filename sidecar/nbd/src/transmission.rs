@@ -72,6 +72,10 @@ impl Transmission {
     pub fn disk(&self) -> &Arc<dyn GuestDisk> {
         &self.disk
     }
+    /// Whether another request has been received already.
+    pub fn has_more(&self) -> bool {
+        self.inbox.received().len() >= REQUEST_BYTES
+    }
     pub fn crew(&self) -> &Arc<Crew> {
         &self.crew
     }

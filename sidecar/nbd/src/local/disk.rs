@@ -27,12 +27,17 @@ use super::file::{LocalFile, OpenError, Zeroing};
 use super::flush::FlushGroup;
 use super::pace::Pace;
 use super::pool::{IoPool, Job};
-use crate::crew::step_aside;
+use crate::crew::{more_at_hand, step_aside};
 
 /// An inline operation that takes longer than this (plus its copying) waited for something.
 const SLOW_OPERATION: Duration = Duration::from_micros(150);
 /// Handing a flush to the pool costs two thread switches; below this it is not worth it.
 const SLOW_FLUSH: Duration = Duration::from_micros(50);
+/// fdatasyncs of one disk at once: one that writes pages while another waits for the device, and some slack.
+const FLUSHES_AT_ONCE: usize = 4;
+/// A write from this length on is worth a second processor while more requests are at hand, in bytes: copying it
+/// takes several times as long as passing the reading role on.
+const LARGE_WRITE_BYTES: u64 = 32 << 10;
 /// Threads per disk: as many as QEMU or fio keep requests in flight, so that a slow disk sees its queue depth.
 const POOL_THREADS: usize = 32;
 
@@ -171,7 +176,7 @@ impl<A: Around> LocalDisk<A> {
             writes: Pace::new(SLOW_OPERATION),
             zeroes: Pace::new(SLOW_OPERATION),
             flushes: Pace::new(SLOW_FLUSH),
-            group: FlushGroup::new(),
+            group: FlushGroup::new(FLUSHES_AT_ONCE),
         };
         LocalDisk { core: Arc::new(core), pool }
     }
@@ -202,7 +207,14 @@ impl<A: Around> LocalDisk<A> {
                 Some(filled) => return self.push(Step::Io(request, ticket, filled)),
                 None => core.reads.inline(),
             },
-            Op::Write => core.writes.inline(),
+            Op::Write if core.writes.inline() => {
+                // The payload is in this processor's cache, so it is written here; let a colleague receive the next.
+                if request.length >= LARGE_WRITE_BYTES && more_at_hand() {
+                    let _with_or_without = step_aside();
+                }
+                true
+            }
+            Op::Write => false,
             Op::Discard | Op::WriteZeroes { .. } => core.zeroes.inline(),
             Op::Flush => return self.flush(request, ticket),
             Op::Cache => false,
