@@ -5,7 +5,7 @@
 //! overwritten (linearised on its `frozen` bit: whoever clears it owns the old content).
 //!
 //! A guest write is: [`Tracker::begin`] (inside the admission gate: in-flight slot, mark) → preserve what
-//! is frozen ([`Tracker::frozen_in`], [`Tracker::claim_frozen`]) → write the disk → [`Tracker::finish`].
+//! is frozen ([`Tracker::frozen_in`], [`Tracker::claim_for`]) → write the disk → [`Tracker::finish`].
 //! A cut closes the gate, flips the two maps and reopens; it waits for no I/O. A write in flight at that instant is
 //! marked in both maps and the sender waits for it ([`Tracker::writes_before_cut`]).
 //!
@@ -297,8 +297,19 @@ impl<M: Maps> Tracker<M> {
         out
     }
 
-    /// Take the old content of a frozen block over: `true` for exactly one caller. A writer that wins must keep what
-    /// it read before; a sender that wins may use what it read before.
+    /// The writer's claim on the old content of a frozen block; a writer that wins must keep what it read before. Only for
+    /// the generation that was open when it was admitted: a cut since then counts this write as in flight, the sender
+    /// waits for it, and what it read may be older than that cut. Inside the gate, because a cut turns the maps: a claim
+    /// in mid-air would clear a mark of `current`.
+    pub fn claim_for(&self, ticket: &Ticket, block: Block) -> bool {
+        self.enter();
+        let won = self.cuts.load(SeqCst) == ticket.cut && self.claim_frozen(ticket.disk, block);
+        self.leave();
+        won
+    }
+
+    /// Take the old content of a frozen block over: `true` for exactly one caller. For the sender, which may then use
+    /// what it read before (no cut is made while a read is outstanding); writers use [`Tracker::claim_for`].
     pub fn claim_frozen(&self, disk: DiskIndex, block: Block) -> bool {
         self.clear_one(disk, self.frozen_name(), block)
     }
