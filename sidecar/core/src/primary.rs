@@ -12,7 +12,7 @@
 use alloc::{collections::BTreeMap, vec::Vec};
 
 use crate::{
-    frame::FrameHeader,
+    frame::{FrameHeader, FrameKind},
     geometry::{Block, DiskIndex, Extent, Generation, GenerationNumber, Sequence, Session},
     limits,
     replica::list::{CommitList, Entry, exclude},
@@ -41,6 +41,8 @@ struct Book {
     digest: [u8; 32],
     wire_bytes: u64,
     durable: bool,
+    /// It asserts what the target has; one that was refused would be refused again.
+    same: bool,
 }
 
 /// What the source is at.
@@ -464,6 +466,7 @@ impl Primary {
                 digest: f.digest,
                 wire_bytes,
                 durable: false,
+                same: f.kind == FrameKind::Same,
             };
             self.books.insert(f.sequence.0, book);
             self.sent_at.insert(f.sequence.0, now);
@@ -535,7 +538,10 @@ impl Primary {
         }
         self.phase = Phase::Committing { generation, cut_at_millis, list_sent: false };
         let (again, gone): (Vec<Sequence>, Vec<Sequence>) =
-            missing.iter().partition(|s| self.needs_payload(**s) && kept_payload(**s));
+            missing.iter().partition(|s| {
+            let may_repeat = self.books.get(&s.0).is_some_and(|b| !b.durable && !b.same);
+            may_repeat && kept_payload(**s)
+        });
         self.resend.extend(again);
         self.lose(tracker, &gone.iter().map(|s| s.0).collect::<Vec<_>>());
     }
