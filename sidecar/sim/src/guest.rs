@@ -157,6 +157,15 @@ impl Process {
         }
         let mut active = self.requests.swap_remove(which);
         let did = self.advance(ctx, &mut active);
+        if did {
+            let (spec, stage) = (&active.spec, &active.stage);
+            let stage = format!("{stage:?}");
+            ctx.note(|| {
+                let (id, d, s, n) = (spec.id, spec.disk, spec.sector, spec.sectors());
+                let first = spec.effect().and_then(|e| e.words.first().map(|w| w >> 16));
+                format!("    request {id} disk {d} sectors {s}+{n} (write {first:?}): {:.60}", stage)
+            });
+        }
         if let Stage::Done { data, failed } = &mut active.stage {
             let answer = Answer { id: active.spec.id, data: data.take(), failed: *failed };
             return Some((!active.orphan).then_some(answer));
@@ -310,7 +319,7 @@ impl Process {
                 a.stage = Stage::Disk { at: 0 };
             }
             Some(content) => {
-                if self.tracker.claim_frozen(disk, block) {
+                if self.tracker.claim_for(ticket, block) {
                     ctx.cov.hit("preserved before overwrite");
                     self.preserve.insert((disk.0, block.0), content);
                 }

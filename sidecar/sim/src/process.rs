@@ -224,7 +224,7 @@ impl Process {
     pub fn send(&mut self, ctx: &mut Ctx, body: Body) {
         if let Some(link) = self.link {
             ctx.cov.hit(format!("sent {}", body.name()));
-            ctx.note(|| format!("    site {} sends {body:?}", self.index));
+            ctx.note(|| format!("    site {} sends {body}", self.index));
             ctx.net.send(link.wire, self.index, body);
         }
     }

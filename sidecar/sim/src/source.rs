@@ -284,7 +284,10 @@ impl Process {
         let preserved = self.preserve.len() as u64;
         let Some(source) = &mut self.source else { return false };
         let step = source.primary.poll(ctx.now, &self.tracker, preserved);
-        ctx.note(|| format!("    site {} {step:?}", self.index));
+        ctx.note(|| match &step {
+            Step::Commit { .. } => format!("    site {} Commit", self.index),
+            step => format!("    site {} {step:?}", self.index),
+        });
         let new = |kind, read: Read, compare: bool| Job {
             kind,
             ask: if compare { read.extents.clone() } else { Vec::new() },
@@ -574,6 +577,10 @@ impl Process {
             ctx.cov.hit("a same frame");
             frames.push(OutFrame { header, payload: Vec::new() });
         }
+        ctx.note(|| {
+            let all: Vec<String> = frames.iter().map(|f| format!("{} {:?} {:?}", f.header.sequence.0, f.header.kind, f.header.extents)).collect();
+            format!("    frames: {}", all.join("; "))
+        });
         let headers: Vec<_> = frames.iter().map(|f| f.header.clone()).collect();
         source.primary.frames_built(ctx.now, job.read.sequence, &headers);
         for frame in frames {

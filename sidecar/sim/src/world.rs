@@ -458,7 +458,10 @@ impl World {
             return false;
         }
         let Some(arrival) = self.ctx.net.deliver(wire, s) else { return false };
-        self.note(|| format!("connection {wire} -> site {s}: {arrival:?}"));
+        self.note(|| match &arrival {
+            Arrival::Message(body) => format!("connection {wire} -> site {s}: {body}"),
+            Arrival::Closed => format!("connection {wire} -> site {s}: closed"),
+        });
         let Some(p) = &mut self.nodes[s].process else { return false };
         match arrival {
             Arrival::Closed => p.link_closed(&mut self.ctx, wire),
