@@ -27,6 +27,8 @@ pub struct Setup {
     pub moves: bool,
     pub failovers: bool,
     pub steps: u64,
+    /// One fault in so many that are drawn happens.
+    pub rarity: u64,
 }
 
 impl Setup {
@@ -49,6 +51,7 @@ impl Setup {
             moves: !rng.one_in(4),
             failovers: rng.one_in(2),
             steps: 300 + rng.below(500),
+            rarity: [1, 2, 4, 10][rng.below(4) as usize],
         }
     }
 }

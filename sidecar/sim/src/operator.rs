@@ -41,9 +41,9 @@ impl World {
             0 | 1 => self.boots(s),
             2 => self.ctx.setup.moves && self.opens(s),
             3..=6 => self.moves_on(),
-            7 => self.ctx.rng.one_in(4) && self.migration_fails(),
+            7 => self.ctx.rng.one_in(12) && self.migration_fails(),
             8 => self.asks_again(),
-            9 => self.ctx.setup.failovers && self.ctx.rng.one_in(3) && self.promotes(s),
+            9 => self.ctx.setup.failovers && self.promotes(s),
             10 => self.accepts(s),
             _ => self.cleans_up(s),
         }

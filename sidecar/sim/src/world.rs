@@ -66,7 +66,7 @@ const EVENTS: &[Act] = &[
     (10, World::hangs_up_useless),
     (12, World::hears),
     (12, World::connects),
-    (6, World::operates),
+    (24, World::operates),
     (6, World::demands_cut),
     (8, World::restarts),
     (3, World::cuts_wire),
@@ -497,6 +497,12 @@ impl World {
 
     // ---- faults
 
+    /// Whether a fault that was drawn happens.
+    fn strikes(&mut self) -> bool {
+        let rarity = self.ctx.setup.rarity;
+        self.faults && self.one_in(rarity)
+    }
+
     fn fault(&mut self, what: &str) -> bool {
         self.faults_seen += 1;
         self.ctx.cov.hit(format!("fault: {what}"));
@@ -506,7 +512,7 @@ impl World {
 
     fn cuts_wire(&mut self) -> bool {
         let wires: Vec<u64> = self.ctx.net.wires.iter().filter(|(_, w)| !w.broken).map(|(id, _)| *id).collect();
-        if wires.is_empty() || !self.faults {
+        if wires.is_empty() || !self.strikes() {
             return false;
         }
         let wire = wires[self.ctx.rng.below(wires.len() as u64) as usize];
@@ -516,7 +522,10 @@ impl World {
     }
 
     fn kills(&mut self) -> bool {
-        let Some(s) = self.worker().filter(|_| self.faults) else { return false };
+        let Some(s) = self.worker() else { return false };
+        if !self.strikes() {
+            return false;
+        }
         let role = self.nodes[s].process.as_ref().map_or("none", |p| p.role().name());
         self.ctx.cov.hit(format!("killed as {role}"));
         self.process_gone(s);
@@ -542,7 +551,7 @@ impl World {
     }
 
     fn loses_power(&mut self) -> bool {
-        if !self.faults || !self.ctx.setup.power || self.one_in(2) {
+        if !self.ctx.setup.power || self.one_in(2) || !self.strikes() {
             return false;
         }
         let s = self.some_site();
@@ -552,7 +561,7 @@ impl World {
 
     /// The power fails during one of the next writes or syncs.
     fn loses_power_soon(&mut self) -> bool {
-        if !self.faults || !self.ctx.setup.power {
+        if !self.ctx.setup.power || !self.strikes() {
             return false;
         }
         let s = self.some_site();
@@ -563,7 +572,7 @@ impl World {
     }
 
     fn partitions(&mut self) -> bool {
-        if !self.faults || self.ctx.net.partitioned {
+        if self.ctx.net.partitioned || !self.strikes() {
             return false;
         }
         self.ctx.net.partitioned = true;
