@@ -49,7 +49,7 @@ deny: ## licences, duplicate and banned dependencies (needs cargo-deny, see deny
 
 demo: ## move a running VM over an emulated WAN, with a progress view, and compare (as root)
 	e2e/setup.sh demo
-	cargo run --release -p watari-e2e --bin watari-demo -- $(ARGS)
+	cargo run -q -p watari-e2e --bin watari-demo -- $(ARGS)
 
 bench: ## measure the figures of BENCHMARKS.md (as root)
 	e2e/setup.sh bench

@@ -15,6 +15,8 @@ pub struct Report {
     pub version: String,
     /// Serving, Converging, Sealed, Released, Replica, Attached, Active, Fenced, Diverged.
     pub role: String,
+    /// A target whose source has a handover open: an incoming QEMU may connect.
+    pub attachable: bool,
     pub epoch: u64,
     pub floor: u64,
     pub disks: Vec<DiskReport>,

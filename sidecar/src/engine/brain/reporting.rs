@@ -20,6 +20,7 @@ impl Brain {
             site: self.parts.config.site.to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             role: role.to_owned(),
+            attachable: self.parts.site.attachable(),
             epoch: record.epoch.counter,
             floor: record.floor,
             disks: self.disk_reports(),
