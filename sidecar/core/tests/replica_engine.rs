@@ -486,3 +486,26 @@ fn a_damaged_committed_generation_refuses_the_folder_until_a_person_gives_it_up(
         assert_eq!(block(&mut store, 7, 5), 8);
     }
 }
+
+#[test]
+fn a_torn_record_stays_gone_when_later_records_say_that_all_before_them_are_durable() {
+    let medium = SimMedium::new();
+    let mut store = create(&medium, options(1), false);
+    stage(&mut store, 1, 0, 2, 1);
+    drop(store);
+    // Its header arrived, its payload only in part.
+    let names = medium.folder("meta").list().unwrap();
+    let journal = names.iter().find(|name| name.starts_with("journal-")).unwrap();
+    medium.rot("meta", journal, medium.folder("meta").len(journal).unwrap() - 700, 0);
+    let mut store = open(&medium, options(1));
+    assert_eq!(store.staged(), []);
+    for sequence in 2..5 {
+        stage(&mut store, sequence, sequence, 1, 2);
+        store.sync_staged().unwrap();
+    }
+    let mut store = open(&medium, options(1));
+    assert_eq!(store.staged()[0].ranges, [(Sequence(2), Sequence(4))]);
+    let torn = stage(&mut store, 1, 0, 2, 1);
+    assert_eq!(commit(&mut store, 1, vec![torn]), CommitAnswer::Committed);
+    assert_eq!((block(&mut store, 1, 1), store.verify().unwrap().len()), (1, 0));
+}

@@ -247,10 +247,10 @@ impl Harness {
         for sequence in &self.durable {
             assert!(has.contains(sequence), "durable frame {sequence} is lost after {step:?}");
         }
-        if let Some(pinned) = self.pinned.take() {
-            if self.kept.contains(&pinned) {
-                self.pin(pinned);
-            }
+        if let Some(pinned) = self.pinned.take()
+            && self.kept.contains(&pinned)
+        {
+            self.pin(pinned);
         }
         if matches!(step, Some(Step::RaiseFloor)) {
             // Frames of a lower epoch are refused now. What there is no room for is sent at the commit.

@@ -16,7 +16,7 @@ use watari_core::{
 const SURVIVALS: [Survival; 4] = [Survival::Nothing, Survival::Everything, Survival::Writes, Survival::Sectors];
 
 fn write(disk: usize, start: u64, blocks: u32) -> Step {
-    Step::Write { disk, extents: vec![Extent::new(start, blocks)], compress: start % 2 == 0 }
+    Step::Write { disk, extents: vec![Extent::new(start, blocks)], compress: start.is_multiple_of(2) }
 }
 
 /// Everything the engine does, once: staging, commits, application in small steps, thinning, roll-back.
