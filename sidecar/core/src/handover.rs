@@ -10,7 +10,7 @@
 //!     │                                          ▼         │                          ▼
 //!     └──────────────────────────────────── (peer)      Released ──adopted──▶ Replica   Serving {e+1}
 //!  any active side that meets a higher epoch it did not grant: Fenced ──person accepts──▶ Released ──▶ Replica
-//!  Replica/Voided ──promote──▶ Promoting ──rolled──▶ Serving {max(floor, e)+1}, `unfenced`
+//!  Replica/Voided ──promote──▶ Promoting ──rolled──▶ Serving {max(floor, e)+2}, `unfenced`
 //! ```
 //!
 //! Pure: [`Site::apply`] maps (record, event) to actions, to be performed *in order*; an action after
@@ -67,6 +67,9 @@ pub enum Event {
     Promote { generation: Generation },
     /// The image equals the generation that `Promoting` names.
     Rolled { activation: ActivationId },
+    /// A person decides that this active side serves on, whatever an open handover may still lead to (its target is
+    /// gone), or that it wins over a diverged one.
+    Reclaim { activation: ActivationId },
     /// A person lets the divergent writes of this fenced side be overwritten.
     AcceptDivergence,
     /// Sealed: no guest write is in flight, and everything is in `generation`, whose commit list has been sent.
@@ -212,7 +215,7 @@ impl Site {
 
     /// The handover a QEMU may attach for, here and now (target side).
     pub fn attachable(&self) -> bool {
-        matches!(self.record.role, Role::Replica) && self.offered.is_some()
+        self.linked && matches!(self.record.role, Role::Replica) && self.offered.is_some()
     }
 
     /// The gate that belongs to the state right after a start.
@@ -246,6 +249,11 @@ impl Site {
         Action::Persist(self.record.clone())
     }
 
+    /// The handover that was offered is over, whichever way: an offer that outlives it could be voided or acquired again.
+    fn forget_handover(&mut self) {
+        (self.offered, self.asked, self.granted, self.attached) = (None, None, None, false);
+    }
+
     /// The transition table.
     pub fn apply(&mut self, event: Event) -> Vec<Action> {
         match event {
@@ -256,14 +264,16 @@ impl Site {
             Event::WantVoid { activation: _ } => self.want_void(),
             Event::Promote { generation } => self.promote(generation),
             Event::Rolled { activation } => self.rolled(activation),
+            Event::Reclaim { activation } => self.reclaim(activation),
             Event::AcceptDivergence => self.accept_divergence(),
             Event::RemainderSent { generation } => self.remainder_sent(generation),
             Event::Applied { generation, activation } => self.applied(generation, activation),
             Event::Adopted => self.adopted(),
             Event::Met { peer, activation } => self.met(peer, activation),
             Event::Parted => {
+                // What was offered stays known: a person may void it while the source is away. Whether it still
+                // stands is said anew at the next contact.
                 self.linked = false;
-                self.offered = None;
                 Vec::new()
             }
             Event::Received(message, activation) => self.received(message, activation),
@@ -335,7 +345,7 @@ impl Site {
         match self.record.role {
             Role::Replica => {
                 let void = self.record.epoch.counter + 1;
-                (self.asked, self.granted, self.attached) = (None, None, false);
+                self.forget_handover();
                 let epoch = self.record.epoch;
                 // The floor first: a late Grant or Activate at e+1 can never count again.
                 self.record.floor = self.record.floor.max(void + 1);
@@ -367,7 +377,7 @@ impl Site {
     fn promote(&mut self, generation: Generation) -> Vec<Action> {
         match self.record.role {
             Role::Replica | Role::Voided { .. } => {
-                (self.asked, self.granted, self.attached) = (None, None, false);
+                self.forget_handover();
                 let epoch = self.record.epoch;
                 vec![
                     self.become_role(Role::Promoting { generation }, epoch),
@@ -387,7 +397,9 @@ impl Site {
 
     fn rolled(&mut self, activation: ActivationId) -> Vec<Action> {
         let Role::Promoting { generation } = self.record.role else { return Vec::new() };
-        let counter = self.record.floor.max(self.record.epoch.counter) + 1;
+        // One more than an activation takes: a sealed source knows that its grant was taken by its epoch + 1, and must
+        // not take this for it.
+        let counter = self.record.floor.max(self.record.epoch.counter) + 2;
         self.record.base = generation;
         self.record.unfenced = true;
         vec![
@@ -396,6 +408,33 @@ impl Site {
             Action::Gate(Gate::Serve),
             Action::Report(Condition::Unfenced),
         ]
+    }
+
+    fn reclaim(&mut self, activation: ActivationId) -> Vec<Action> {
+        let above = match self.record.role {
+            Role::Serving => 1,
+            // One more than an Activate that this handover may lead to.
+            Role::HandoverOpen { .. } | Role::Sealed { .. } => 2,
+            Role::Released { .. }
+            | Role::Replica
+            | Role::Voided { .. }
+            | Role::Promoting { .. }
+            | Role::Fenced { .. } => return vec![Action::Refuse("only the active side can be told to serve on")],
+        };
+        let sealed = matches!(self.record.role, Role::Sealed { .. });
+        self.remainder = None;
+        self.record.unfenced |= sealed;
+        let counter = self.record.floor.max(self.record.epoch.counter + above);
+        let mut actions = vec![
+            self.become_role(Role::Serving, Epoch { counter, activation }),
+            Action::Converge(false),
+            Action::Unseal,
+            Action::Gate(Gate::Serve),
+        ];
+        if sealed {
+            actions.push(Action::Report(Condition::Unfenced));
+        }
+        actions
     }
 
     fn accept_divergence(&mut self) -> Vec<Action> {
@@ -430,7 +469,7 @@ impl Site {
             return Vec::new();
         }
         let epoch = Epoch { counter: epoch.counter + 1, activation };
-        (self.asked, self.granted, self.offered) = (None, None, None);
+        self.forget_handover();
         self.record.base = generation;
         vec![
             self.become_role(Role::Serving, epoch),
@@ -444,7 +483,8 @@ impl Site {
         let Role::Released { handover, generation } = self.record.role else { return Vec::new() };
         let epoch = self.record.epoch;
         self.record.base = generation;
-        (self.remainder, self.attached) = (None, false);
+        self.remainder = None;
+        self.forget_handover();
         vec![
             self.become_role(Role::Replica, epoch),
             Action::Gate(Gate::Remote),
@@ -465,8 +505,9 @@ impl Site {
             },
             Role::Sealed { handover, nonce, session } => match peer.role {
                 PeerRole::Voided { handover: h } if h == handover => self.voided_by(h, peer.floor, activation),
-                // It activated on our grant and the word of it was lost.
-                PeerRole::Active { .. } if theirs.counter == mine.counter + 1 && self.remainder_is(peer.generation) => {
+                // It activated on our grant and the word of it was lost: nothing else raises our epoch by exactly one (a
+                // promotion takes two). Which of our grants does not matter: all that is sealed is in each of them.
+                PeerRole::Active { .. } if theirs.counter == mine.counter + 1 => {
                     self.activated_by(handover, theirs, peer.generation)
                 }
                 _ if theirs.counter > mine.counter => self.fenced_by(theirs, peer.floor),
@@ -507,6 +548,7 @@ impl Site {
                 let mut actions = Vec::new();
                 if active && theirs.counter > mine.counter && theirs.counter >= self.record.floor {
                     // An epoch above ours was raised properly (it passed our floor): our Void was heard, or we were away.
+                    self.forget_handover();
                     actions.push(self.become_role(Role::Replica, theirs));
                     actions.push(Action::Gate(Gate::Remote));
                 } else if let Role::Voided { handover } = self.record.role {
@@ -516,13 +558,6 @@ impl Site {
             }
             Role::Promoting { .. } | Role::Released { .. } | Role::Fenced { .. } => Vec::new(),
         }
-    }
-
-    fn remainder_is(&self, generation: Generation) -> bool {
-        // After a restart we no longer know what we granted; the durable seal and the epoch (ours + 1) prove it enough:
-        // nobody else can raise our epoch by exactly one while we are sealed, except a promotion, which is `unfenced`
-        // and then begins from a generation that is not newer than our base.
-        self.remainder.is_none_or(|r| r == generation)
     }
 
     fn received(&mut self, message: Message, activation: ActivationId) -> Vec<Action> {
@@ -555,6 +590,7 @@ impl Site {
             Message::Void { handover, epoch } => self.voided_by(handover, epoch + 1, activation),
             Message::Voided { handover, epoch } => match self.record.role {
                 Role::Voided { handover: h } if h == handover && epoch.counter >= self.record.floor => {
+                    self.forget_handover();
                     vec![self.become_role(Role::Replica, epoch), Action::Gate(Gate::Remote)]
                 }
                 _ => Vec::new(),

@@ -702,3 +702,37 @@ fn whatever_happens_the_record_is_durable_before_the_promise_and_the_floor_never
         }
     }
 }
+
+#[test]
+fn a_sealed_source_that_restarted_is_fenced_by_a_promotion_and_not_released_by_it() {
+    // Lost without it: the promoted side took epoch + 1, which is what an activation takes; the restarted source released
+    // itself and called its newer disks the promoted generation (watari-sim seed 2).
+    let mut target = asking();
+    target.apply(Event::Promote { generation: generation(1, 3) });
+    target.apply(Event::Rolled { activation: act(6) });
+    let mut source = site(sealed(), 1);
+    met(&mut source, Peer { epoch: target.record().epoch, ..peer(PeerRole::Active { handover: None }, 1) });
+    assert!(matches!(source.record().role, Role::Fenced { .. }), "{:?}", source.record().role);
+}
+
+#[test]
+fn a_source_that_sealed_a_second_remainder_after_a_restart_is_released_by_the_first() {
+    // Lost without it: a planned move whose source restarted after its grant ended Fenced, waiting for a person.
+    let mut source = site(sealed(), 1);
+    source.apply(Event::RemainderSent { generation: generation(1, 12) });
+    met(&mut source, peer(PeerRole::Active { handover: None }, 2));
+    assert_eq!(source.record().role, Role::Released { handover: H, generation: G });
+}
+
+#[test]
+fn a_handover_that_is_over_is_not_voided_again() {
+    // Lost without it: the target kept the offer, voided it a second time under a floor that the source never reached,
+    // and stayed Voided for ever (watari-sim seed 293).
+    let mut s = offered();
+    s.apply(Event::WantVoid { activation: act(4) });
+    received(&mut s, Message::Voided { handover: H, epoch: epoch(3) });
+    assert!(!s.attachable());
+    assert!(refuses(&s.apply(Event::WantVoid { activation: act(5) })));
+    assert!(refuses(&s.apply(Event::WantWrite { nonce: NONCE })));
+    assert_eq!(s.record().role, Role::Replica);
+}
