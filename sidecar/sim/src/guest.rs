@@ -84,13 +84,15 @@ pub struct Active {
     pub spec: Spec,
     stage: Stage,
     ticket: Option<Ticket>,
+    /// Epoch counter in which it was admitted.
+    counter: u64,
     /// Its QEMU is gone: nobody hears the answer.
     pub orphan: bool,
 }
 
 impl Active {
     pub fn new(spec: Spec) -> Active {
-        Active { spec, stage: Stage::Gate, ticket: None, orphan: false }
+        Active { spec, stage: Stage::Gate, ticket: None, counter: 0, orphan: false }
     }
     /// Not past the gate.
     pub fn held(&self) -> bool {
@@ -176,10 +178,16 @@ impl Process {
 
     /// Writes that are admitted end now.
     pub fn drain(&mut self, ctx: &mut Ctx) {
-        for _ in 0..1000 {
-            let Some(which) = self.requests.iter().position(|a| a.ticket.is_some()) else { return };
-            let _ = self.request_step(ctx, which);
+        // One may wait for another, so all take turns; a step moves the last request into the place of the one it took.
+        for turn in 0..100_000 {
+            let open = self.requests.iter().enumerate().filter(|(_, a)| a.ticket.is_some());
+            let open: Vec<usize> = open.map(|(i, _)| i).collect();
+            if open.is_empty() || self.medium.is_off() {
+                return;
+            }
+            let _ = self.request_step(ctx, open[turn % open.len()]);
         }
+        panic!("admitted writes do not end");
     }
 
     fn advance(&mut self, ctx: &mut Ctx, a: &mut Active) -> bool {
@@ -280,6 +288,7 @@ impl Process {
                     a.stage = Stage::Admit { slow: true };
                     return true;
                 }
+                a.counter = self.site.record().epoch.counter;
                 a.ticket = Some(ticket);
                 a.stage = if blocks.is_empty() { Stage::Disk { at: 0 } } else { Stage::Preserve { blocks, read: None } };
                 true
@@ -336,7 +345,7 @@ impl Process {
         let n = if ctx.rng.one_in(2) { left } else { 1 + ctx.rng.below(left) };
         let words = effect.words[at as usize..(at + n) as usize].to_vec();
         let part = Effect { disk: effect.disk, sector: effect.sector + at, words };
-        self.may_write(ctx);
+        self.may_write(ctx, a.counter);
         if let Some(live) = &mut ctx.truth.live[self.index] {
             live.wrote(&part);
         }
@@ -352,7 +361,7 @@ impl Process {
     }
 
     /// I6: a guest write goes to our disk now; may it?
-    fn may_write(&self, ctx: &mut Ctx) {
+    fn may_write(&self, ctx: &mut Ctx, counter: u64) {
         let record = self.site.record();
         // Admitted before a seal or a fence it may still arrive, until the right is granted or the disks are a replica's.
         let ends = matches!(record.role, Role::Sealed { .. } | Role::Fenced { .. } | Role::Released { .. });
@@ -362,7 +371,7 @@ impl Process {
             record.role.name(),
             if self.granted { " and has granted the right to write" } else { "" }
         );
-        ctx.truth.writes(self.index, record.epoch.counter);
+        ctx.truth.writes(self.index, counter);
     }
 }
 

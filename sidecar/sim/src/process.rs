@@ -244,6 +244,7 @@ impl Process {
             self.logged.clear();
             self.region_log.borrow_mut().clear();
             Target::remove(&self.medium);
+            ctx.truth.promised[self.index] = None;
         }
         self.source = Some(Source::new(ctx, self.site.record(), self.session, base));
         self.take_baseline(ctx, baseline);
@@ -296,10 +297,9 @@ impl Process {
         })();
         match rolled {
             Ok(()) => {
-                let record = self.site.record();
-                ctx.truth.unfenced.insert(record.floor.max(record.epoch.counter) + 1);
                 let activation = ActivationId(ctx.id());
                 self.apply(ctx, Event::Rolled { activation });
+                ctx.truth.unfenced.insert(self.site.record().epoch.counter);
             }
             Err(error) => self.failed(ctx, "promoting", &error.to_string()),
         }

@@ -94,7 +94,8 @@ impl Target {
         match Store::open(medium.folder(FOLDER), seam, Box::new(Words), options(ctx))? {
             Some(store) => Ok(Target::new(store)),
             None => {
-                let virgin = !ctx.setup.filled && ctx.truth.promised == [None, None];
+                let content = crate::content::read_all(images, &ctx.setup.sizes);
+                let virgin = content.is_ok_and(|disks| disks.iter().flatten().all(|w| *w == 0));
                 Ok(Target::new(Self::create(ctx, medium, images, virgin)?))
             }
         }

@@ -160,6 +160,15 @@ impl World {
         }
         self.ctx.net.sweep();
         self.check_active_sides();
+        self.check_fences();
+    }
+
+    /// A planned move never ends in a fence: that takes a promotion.
+    fn check_fences(&self) {
+        for n in &self.nodes {
+            let fenced = n.process.as_ref().is_some_and(|p| matches!(p.role(), Role::Fenced { .. }));
+            assert!(!fenced || !self.ctx.truth.unfenced.is_empty(), "site {} is fenced and nobody was ever promoted", n.index);
+        }
     }
 
     /// I6: two sides serve only after a promotion that nobody could fence, and then in two epochs.
