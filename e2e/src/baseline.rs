@@ -15,11 +15,6 @@ use crate::site::TestBed;
 /// The TCP port of the target's NBD server, in the target's own namespace.
 const PORT: u16 = 49153;
 
-/// Bytes that one changed byte costs to copy again. QEMU's default, which libvirt leaves as it is, is 64 KiB: a guest that
-/// writes 20 Mbit/s of scattered 4 KiB blocks then changes 320 Mbit/s, and on a link of 100 Mbit/s the copy does not end
-/// (seen here: not within five minutes for 488 MiB). We give it the best value there is, so that there is a figure.
-const GRANULARITY: u32 = 4096;
-
 /// What the full block migration cost.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -56,7 +51,7 @@ pub fn migrate(bed: &TestBed, source: &Qemu, target: &Qemu, disks: usize, timeou
         inet["type"] = json!("inet");
         let client = json!({ "driver": "nbd", "node-name": format!("target-{name}"), "export": name, "server": inet });
         source.qmp.execute("blockdev-add", client)?;
-        let mirror = json!({ "job-id": job(disk), "device": name, "target": format!("target-{name}"), "sync": "full", "granularity": GRANULARITY });
+        let mirror = json!({ "job-id": job(disk), "device": name, "target": format!("target-{name}"), "sync": "full" });
         source.qmp.execute("blockdev-mirror", mirror)?;
     }
     for disk in 0..disks {

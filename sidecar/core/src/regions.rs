@@ -2,7 +2,7 @@
 //!
 //! A region is [`REGION_BYTES`] of one disk. The region log ([`log`]) holds one bit per region and is durable before the
 //! first write to a clean region (invariant I1); the trust record ([`trust`]) holds what must still be true of the disks
-//! at the next start if nobody wrote in between. Both are described byte by byte in `FORMAT-source.md`.
+//! at the next start if nobody wrote in between. Both are described byte by byte in `FORMAT.md`.
 //!
 //! This module is the pure part: numbering and codecs. It reads no file and no clock; the shells are
 //! `watari-store::{regions, trust}`.

@@ -65,6 +65,8 @@ const SLOW_DOWN_BELOW_BLOCKS: u64 = 8192;
 /// Bounds of the delay of one guest write, microseconds.
 const SLOW_DOWN_MICROS_MIN: u64 = 200;
 const SLOW_DOWN_MICROS_MAX: u64 = 20_000;
+/// A write that takes longer to reach a local disk than this never will.
+const DRAIN_WAIT: Duration = Duration::from_secs(30);
 /// Pause between two attempts to leave `Untracked`: each writes a whole log.
 const LEAVE_UNTRACKED_PAUSE: Duration = Duration::from_secs(10);
 
@@ -289,7 +291,15 @@ impl Brain {
         self.perform(actions);
     }
 
-    /// Do what the core says, in its order. Returns the first refusal.
+    /// The same; what the core refuses, if it does.
+    fn apply_or_refuse(&mut self, event: handover::Event) -> Result<(), &'static str> {
+        let actions = self.parts.site.apply(event);
+        let refusal = actions.iter().find_map(|a| if let Action::Refuse(why) = a { Some(*why) } else { None });
+        self.perform(actions);
+        refusal.map_or(Ok(()), Err)
+    }
+
+    /// Do what the core says, in its order.
     fn perform(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
@@ -300,6 +310,14 @@ impl Brain {
                         std::process::exit(super::EXIT_RECORD);
                     }
                     tracing::info!(role = record.role.name(), epoch = record.epoch.counter, floor = record.floor, "role");
+                    if let Some(source) = &mut self.source {
+                        source.raise_epoch(record.epoch.counter);
+                    }
+                    if let Some(target) = &mut self.target
+                        && let Err(error) = target.raise_floor(record.floor)
+                    {
+                        tracing::warn!(%error, "the replica does not take the new floor");
+                    }
                     self.dial();
                 }
                 Action::Send(m) => self.send(&m),
@@ -322,6 +340,7 @@ impl Brain {
                     }
                 }
                 Action::SyncDisks => {
+                    self.drain();
                     for disk in self.parts.disks.iter() {
                         if let Err(errno) = disk.local().file().flush() {
                             tracing::error!(?errno, "fdatasync of a disk failed before a release: the worker starts over");
@@ -340,7 +359,23 @@ impl Brain {
         self.parts.signals.attachable.store(self.parts.site.attachable(), SeqCst);
     }
 
+    /// Wait for the writes that passed the gate before it closed. They are on their way to a local disk.
+    fn drain(&self) {
+        let began = Instant::now();
+        while self.parts.shared.tracker.writes_in_flight() > 0 {
+            if began.elapsed() > DRAIN_WAIT {
+                tracing::error!("writes of a fenced guest do not end: the worker starts over");
+                std::process::exit(super::EXIT_RECORD);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn set_gate(&self, gate: Gate) {
+        if gate == Gate::Dead {
+            // A write that is past the gate and not admitted yet must not be.
+            self.parts.shared.tracker.seal();
+        }
         for disk in self.parts.disks.iter() {
             disk.set_gate(gate);
         }

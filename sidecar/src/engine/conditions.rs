@@ -57,13 +57,13 @@ impl Conditions {
                 "Diverged",
                 "SameEpochTwice",
                 "both sites raised the same epoch apart from each other; neither is stopped, no frames flow",
-                "name the side that shall win: `watari-sidecar ctl promote` there",
+                "name the side that shall win: `watari-sidecar ctl void` there makes it serve on at a higher epoch",
             ),
             C::Fenced => (
                 "Fenced",
                 "Replaced",
                 "another side was promoted while this one was active: it serves nothing any more",
-                "save what is needed (`watari-sidecar inspect`), then `watari-sidecar ctl accept-divergence`",
+                "copy the disk images if their later writes are needed, then `watari-sidecar ctl accept-divergence`",
             ),
             C::Unfenced => (
                 "Unfenced",

@@ -8,7 +8,7 @@ use std::{
     collections::HashSet,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU8, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst},
     },
     time::Instant,
 };
@@ -76,6 +76,8 @@ pub struct GateDisk {
     index: DiskIndex,
     local: LocalDisk<Tracking>,
     gate: AtomicU8,
+    /// How often the gate was closed for good: a connection made before stays dead, whatever follows (design §3.6).
+    deaths: AtomicU64,
     held: Mutex<Vec<(Instant, Request)>>,
     connections: Arc<Connections>,
     mine: Mutex<HashSet<u64>>,
@@ -94,6 +96,7 @@ impl GateDisk {
             index,
             local,
             gate: AtomicU8::new(encode(gate)),
+            deaths: AtomicU64::new(0),
             held: Mutex::default(),
             connections,
             mine: Mutex::default(),
@@ -109,12 +112,20 @@ impl GateDisk {
         decode(self.gate.load(SeqCst))
     }
 
+    /// To be remembered by a connection when it is made and compared at each of its requests.
+    pub fn deaths(&self) -> u64 {
+        self.deaths.load(SeqCst)
+    }
+
     pub fn clients(&self) -> u32 {
         self.mine.lock().unwrap_or_else(PoisonError::into_inner).len() as u32
     }
 
     /// Change the gate and send what was held through it again.
     pub fn set_gate(&self, gate: Gate) {
+        if gate == Gate::Dead {
+            self.deaths.fetch_add(1, SeqCst);
+        }
         self.gate.store(encode(gate), SeqCst);
         let held = std::mem::take(&mut *self.held());
         for (deadline, request) in held {

@@ -34,6 +34,8 @@ struct Inner {
     slots: u64,
     /// The spill file failed once; it is not used again (style item 6).
     spill_broken: bool,
+    /// Content of the open generation could not be read back.
+    lost: bool,
     closing: bool,
     /// Raised by `clear`: a spill under way belongs to a former generation.
     round: u64,
@@ -103,6 +105,11 @@ impl PreserveStore {
         (inner.memory.len() + inner.spilled.len()) as u64
     }
 
+    /// Something that was kept cannot be read back: the generation cannot become a point in time any more.
+    pub fn lost(&self) -> bool {
+        lock(&self.shared).lost
+    }
+
     /// Remove one block. `None`: it is not here (or its spilled copy cannot be read, which loses the generation).
     pub fn take(&self, disk: DiskIndex, block: Block) -> Option<Content> {
         let mut inner = lock(&self.shared);
@@ -135,6 +142,7 @@ impl PreserveStore {
             Err(error) => {
                 tracing::error!(%error, "preserved content cannot be read back from the spill file");
                 inner.spill_broken = true;
+                inner.lost = true;
                 None
             }
         }
@@ -147,6 +155,7 @@ impl PreserveStore {
         inner.spilled.clear();
         inner.free_slots.clear();
         inner.slots = 0;
+        inner.lost = false;
         inner.round += 1;
     }
 }

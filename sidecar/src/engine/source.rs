@@ -5,7 +5,7 @@
 //! by the guest. It does not decide roles and owns no connection: the brain brings both.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{HashMap, VecDeque},
     path::PathBuf,
     sync::{Arc, Condvar, Mutex, PoisonError, atomic::Ordering::SeqCst},
     thread,
@@ -32,18 +32,17 @@ use super::{
     tracking::Shared,
 };
 
-/// Threads that read, hash and compress. More do not help two cores; one would leave the disk idle while it compresses.
-const READERS: usize = 2;
+/// Threads that read, hash and compress. While comparing most of them wait for the peer's digests: so many round trips
+/// are under way at once.
+const READERS: usize = 8;
 /// Most reads handed out and not yet built, beside the window.
-const READS_MAX: usize = 8;
+const READS_MAX: usize = 12;
 /// How long a reader waits for the peer's digests before it sends the content instead.
 const DIGEST_WAIT: Duration = Duration::from_secs(20);
 /// Entries of a commit list per message: 5000 × 54 bytes and their bitmaps stay far below a message's limit.
 const ENTRIES_PER_PART: usize = 5000;
 /// Time between two looks for overtaken frames, milliseconds: each walks over all books.
 const SUPERSEDE_MILLIS: u64 = 2000;
-/// Blocks whose need for comparing is remembered together (one frame's worth).
-const COMPARE_BLOCKS: u64 = 256;
 
 /// The peer's digests, asked for by readers and answered through the brain.
 #[derive(Default)]
@@ -79,29 +78,34 @@ impl DigestBook {
         }
     }
 
-    /// Digests of one extent at the peer; empty when there is no answer.
-    pub fn ask(&self, disk: DiskIndex, extent: Extent, out: &mut PeerDigests) {
+    /// Digests of extents at the peer, all asked for at once; what is not answered is missing.
+    pub fn ask(&self, disk: DiskIndex, extents: &[Extent], out: &mut PeerDigests) {
         let mut inner = self.lock();
         let Some(control) = inner.control.clone() else { return };
-        inner.next += 1;
-        let id = inner.next;
-        inner.answers.insert(id, None);
-        let request = DigestRequest {
-            id,
-            disk: u32::from(disk.0),
-            start_block: extent.start.0,
-            blocks: extent.blocks,
-            granularity: 1,
-        };
-        if control.send(message(Body::DigestRequest(request))).is_err() {
-            inner.answers.remove(&id);
-            return;
+        let mut asked = Vec::with_capacity(extents.len());
+        for extent in extents {
+            inner.next += 1;
+            let id = inner.next;
+            inner.answers.insert(id, None);
+            asked.push((id, *extent));
+            let request = DigestRequest {
+                id,
+                disk: u32::from(disk.0),
+                start_block: extent.start.0,
+                blocks: extent.blocks,
+                granularity: 1,
+            };
+            // A closed link answers everything with nothing (`link`).
+            let _ = control.send(message(Body::DigestRequest(request)));
         }
-        let waited = self.answered.wait_timeout_while(inner, DIGEST_WAIT, |i| i.answers.get(&id) == Some(&None));
+        let waits = |i: &mut DigestInner| asked.iter().any(|(id, _)| i.answers.get(id) == Some(&None));
+        let waited = self.answered.wait_timeout_while(inner, DIGEST_WAIT, waits);
         let (mut inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if let Some(Some(answer)) = inner.answers.remove(&id) {
-            let blocks = (extent.start.0..extent.end().0).map(Block);
-            out.extend(blocks.zip(answer.as_chunks::<16>().0.iter().copied()));
+        for (id, extent) in asked {
+            if let Some(Some(answer)) = inner.answers.remove(&id) {
+                let blocks = (extent.start.0..extent.end().0).map(Block);
+                out.extend(blocks.zip(answer.as_chunks::<16>().0.iter().copied()));
+            }
         }
     }
 }
@@ -169,7 +173,7 @@ fn run(
     let compared = |read: &Read, compare: bool| {
         let mut peer = PeerDigests::new();
         if compare {
-            read.extents.iter().for_each(|e| digests.ask(read.disk, *e, &mut peer));
+            digests.ask(read.disk, &read.extents, &mut peer);
         }
         peer
     };
@@ -177,7 +181,13 @@ fn run(
         Job::Frozen { read, cut, compare } => {
             let peer = compared(&read, compare);
             let file = disks[usize::from(read.disk.0)].local().file();
-            (read.sequence, build::frozen(shared, file, &read, cut, naming, &peer))
+            let frames = build::frozen(shared, file, &read, cut, naming, &peer);
+            if frames.is_err() {
+                // Some of it may be claimed already and is in no frame: all of it is dirty, and the cut is lost.
+                give_back(shared, &read);
+                shared.give_up.store(true, SeqCst);
+            }
+            (read.sequence, frames)
         }
         Job::Current { read, compare } => {
             let peer = compared(&read, compare);
@@ -185,7 +195,7 @@ fn run(
             let frames = build::current(shared, file, &read, naming, &peer);
             if frames.is_err() {
                 // Nothing of it was sent: it is as dirty as before.
-                read.extents.iter().for_each(|e| shared.tracker.mark(read.disk, *e));
+                give_back(shared, &read);
             }
             (read.sequence, frames)
         }
@@ -193,9 +203,68 @@ fn run(
     }
 }
 
+fn give_back(shared: &Shared, read: &Read) {
+    for e in &read.extents {
+        shared.tracker.mark(read.disk, *e);
+        shared.tracker.unstage(read.disk, *e);
+    }
+}
+
 /// Why a first or full synchronisation is needed, in words for people (I9).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FullCompare(pub String);
+
+/// One bit per block that may differ at the peer; memory only while there is something to compare.
+#[derive(Default)]
+struct Compare {
+    bits: HashMap<(DiskIndex, u64), u64>,
+}
+
+impl Compare {
+    fn each(first: u64, blocks: u64, mut f: impl FnMut(u64, u64)) {
+        let (mut at, end) = (first, first + blocks);
+        while at < end {
+            let n = (64 - at % 64).min(end - at);
+            f(at / 64, (u64::MAX >> (64 - n)) << (at % 64));
+            at += n;
+        }
+    }
+
+    fn set(&mut self, disk: DiskIndex, first: u64, blocks: u64) {
+        Self::each(first, blocks, |word, mask| *self.bits.entry((disk, word)).or_default() |= mask);
+    }
+
+    fn any(&self, read: &Read) -> bool {
+        let mut any = false;
+        for e in &read.extents {
+            Self::each(e.start.0, u64::from(e.blocks), |word, mask| {
+                any |= self.bits.get(&(read.disk, word)).is_some_and(|w| w & mask != 0);
+            });
+        }
+        any
+    }
+
+    fn done(&mut self, read: &Read) {
+        for e in &read.extents {
+            Self::each(e.start.0, u64::from(e.blocks), |word, mask| {
+                if let Some(w) = self.bits.get_mut(&(read.disk, word)) {
+                    *w &= !mask;
+                    if *w == 0 {
+                        self.bits.remove(&(read.disk, word));
+                    }
+                }
+            });
+        }
+    }
+
+    fn clear(&mut self) {
+        self.bits = HashMap::new();
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bits.is_empty()
+    }
+}
 
 /// See the module's header.
 pub struct Source {
@@ -207,8 +276,10 @@ pub struct Source {
     post: Post,
     /// Frames that are not durable at the peer yet, to be sent again as they are.
     kept: HashMap<Sequence, OutFrame>,
-    /// (disk, block / COMPARE_BLOCKS) whose blocks are compared by digest before they are sent.
-    compare: BTreeSet<(DiskIndex, u64)>,
+    /// Blocks to be compared by digest before they are sent.
+    compare: Compare,
+    /// Reads that were handed out.
+    outstanding: HashMap<Sequence, Read>,
     link: Option<(ControlSender, DataPool)>,
     reads: usize,
     known_site: Option<bytes::Bytes>,
@@ -260,7 +331,8 @@ impl Source {
             digests,
             post,
             kept: HashMap::new(),
-            compare: BTreeSet::new(),
+            compare: Compare::default(),
+            outstanding: HashMap::new(),
             link: None,
             reads: 0,
             known_site: None,
@@ -300,7 +372,7 @@ impl Source {
     /// These blocks may differ.
     pub fn must_compare(&mut self, disk: DiskIndex, first: u64, blocks: u64) {
         self.mark_blocks(disk, first, blocks);
-        self.compare.extend((first / COMPARE_BLOCKS..(first + blocks).div_ceil(COMPARE_BLOCKS)).map(|c| (disk, c)));
+        self.compare.set(disk, first, blocks);
     }
 
     fn mark_blocks(&self, disk: DiskIndex, first: u64, blocks: u64) {
@@ -409,8 +481,22 @@ impl Source {
     /// A read became frames.
     pub fn built(&mut self, now: u64, read: Sequence, frames: Result<Vec<OutFrame>, BuildError>) {
         self.reads -= 1;
+        let outstanding = self.outstanding.remove(&read);
         match frames {
+            // Built under an epoch that is over: the target takes none of it.
+            Ok(frames) if frames.iter().any(|f| f.header.epoch != self.epoch) => {
+                self.primary.frames_built(now, read, &[]);
+                for frame in frames {
+                    for e in &frame.header.extents {
+                        self.shared.tracker.mark(frame.header.disk, *e);
+                        self.shared.tracker.unstage(frame.header.disk, *e);
+                    }
+                }
+            }
             Ok(frames) => {
+                if let Some(read) = outstanding {
+                    self.compare.done(&read);
+                }
                 let headers: Vec<_> = frames.iter().map(|f| f.header.clone()).collect();
                 self.primary.frames_built(now, read, &headers);
                 for frame in frames {
@@ -423,9 +509,6 @@ impl Source {
             Err(error) => {
                 tracing::warn!(%error, "a read for the peer failed");
                 self.primary.frames_built(now, read, &[]);
-                if matches!(error, BuildError::Lost) {
-                    self.shared.give_up.store(true, SeqCst);
-                }
             }
         }
     }
@@ -464,8 +547,7 @@ impl Source {
     pub fn disks_synced(&mut self) {
         self.primary.forget(&self.shared.tracker);
         self.kept.clear();
-        if self.shared.tracker.current_blocks() == 0 && self.shared.tracker.staged_blocks() == 0 {
-            self.compare.clear();
+        if self.compare.is_empty() {
             self.full_compare = None;
         }
         let tracker = &self.shared.tracker;
@@ -475,6 +557,15 @@ impl Source {
             tracker.with_gate_closed(|| {
                 self.shared.regions.forget(&cold, |disk, first, last| !tracker.any_mark(disk, first, last))
             });
+        }
+    }
+
+    /// This side serves on under another epoch.
+    pub fn raise_epoch(&mut self, epoch: u64) {
+        if epoch != self.epoch {
+            self.epoch = epoch;
+            self.primary.raise_epoch(&self.shared.tracker, epoch);
+            self.kept.clear();
         }
     }
 
@@ -494,6 +585,9 @@ impl Source {
             return Asked::Nothing;
         }
         loop {
+            if self.shared.preserve.lost() {
+                self.give_up();
+            }
             let preserved = self.shared.preserve.blocks();
             if self.reads >= READS_MAX && !matches!(self.primary.phase(), Phase::Committing { .. } | Phase::Forgetting { .. }) {
                 break;
@@ -505,11 +599,11 @@ impl Source {
                     tracing::debug!(%generation, blocks = self.shared.tracker.frozen_blocks(), "cut");
                 }
                 Step::ReadFrozen { read, cut } => {
-                    let compare = self.needs_compare(&read);
+                    let compare = self.compare.any(&read);
                     self.push(Job::Frozen { read, cut, compare });
                 }
                 Step::ReadCurrent { read } => {
-                    let compare = self.needs_compare(&read);
+                    let compare = self.compare.any(&read);
                     self.push(Job::Current { read, compare });
                 }
                 Step::SendPreserved { read } => self.push(Job::Preserved { read }),
@@ -559,16 +653,12 @@ impl Source {
         }
     }
 
-    fn needs_compare(&self, read: &Read) -> bool {
-        let (first, last) = match (read.extents.first(), read.extents.last()) {
-            (Some(f), Some(l)) => (f.start.0 / COMPARE_BLOCKS, (l.end().0 - 1) / COMPARE_BLOCKS),
-            _ => return false,
-        };
-        self.compare.range((read.disk, first)..=(read.disk, last)).next().is_some()
-    }
 
     fn push(&mut self, job: Job) {
         self.reads += 1;
+        if let Job::Frozen { read, compare: true, .. } | Job::Current { read, compare: true } = &job {
+            self.outstanding.insert(read.sequence, read.clone());
+        }
         self.readers.push(job, self.naming());
     }
 

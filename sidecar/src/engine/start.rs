@@ -12,7 +12,7 @@ use std::{
 
 use tokio::sync::watch;
 use watari_core::{
-    front::{Detach, GuestDisk, Request},
+    front::{Detach, Errno, GuestDisk, Op, Request},
     geometry::{ActivationId, DiskIndex, Epoch, Generation, GenerationNumber, Session},
     handover::Site,
     record::{DiskRecord, Role, RoleRecord},
@@ -21,7 +21,7 @@ use watari_core::{
     tracker::Tracker,
 };
 use watari_nbd::{
-    ExportTable, Server, ServerConfig,
+    Exports, Server, ServerConfig,
     local::{LocalDisk, LocalDiskConfig},
 };
 use watari_store::{
@@ -38,7 +38,7 @@ use super::{
     clock::{random_id, random_u64, unix_millis},
     event::Event,
     folder::{ROLE_MAGIC, ROLE_NAME, ROLE_VERSION, ReplicaFolder},
-    gate::{Connections, GateDisk, GuestEvents},
+    gate::{Connections, GateDisk, GuestEvents, finish},
     preserve::PreserveStore,
     remote::RemoteReads,
     stream::{self, Dialer, Post},
@@ -468,23 +468,41 @@ pub fn new_log(config: &Config, shared: &Shared, session: Session) -> Result<(),
 fn serve_guest(config: &Config, disks: &Arc<Vec<GateDisk>>) -> Result<Vec<Server>, StartError> {
     let mut servers = Vec::new();
     for (i, disk) in config.disks.iter().enumerate() {
-        let export: Arc<dyn GuestDisk> = Arc::new(Export { disks: disks.clone(), index: i });
         if let Some(dir) = disk.socket.parent() {
             std::fs::create_dir_all(dir).map_err(io(format!("nbd.dir {}", dir.display())))?;
         }
         let mut options = ServerConfig::new(&disk.socket);
         options.mode = config.nbd.mode;
-        let server = Server::bind(options, Arc::new(ExportTable::of(export))).map_err(refused)?;
+        let server = Server::bind(options, Arc::new(DiskExports { disks: disks.clone(), index: i })).map_err(refused)?;
         server.serve().map_err(io(format!("disk {}", disk.name)))?;
         servers.push(server);
     }
     Ok(servers)
 }
 
-/// One disk of the shared list as an export of its own.
+/// The one disk of a socket; each connection gets an [`Export`] of its own.
+struct DiskExports {
+    disks: Arc<Vec<GateDisk>>,
+    index: usize,
+}
+
+impl Exports for DiskExports {
+    fn names(&self) -> Vec<String> {
+        vec![self.disks[self.index].info().name]
+    }
+    fn open(&self, name: &str) -> Option<Arc<dyn GuestDisk>> {
+        let disk = &self.disks[self.index];
+        let ours = name.is_empty() || name == disk.info().name;
+        ours.then(|| Arc::new(Export { disks: self.disks.clone(), index: self.index, deaths: disk.deaths() }) as _)
+    }
+}
+
+/// One disk of the shared list, as one connection sees it: dead for good once the gate was closed for good, because
+/// that QEMU's memory belongs to other data than what is served later.
 struct Export {
     disks: Arc<Vec<GateDisk>>,
     index: usize,
+    deaths: u64,
 }
 
 impl GuestDisk for Export {
@@ -498,7 +516,12 @@ impl GuestDisk for Export {
         self.disks[self.index].detach(connection, how);
     }
     fn submit(&self, request: Request) {
-        self.disks[self.index].submit(request);
+        let disk = &self.disks[self.index];
+        match request.op {
+            _ if disk.deaths() == self.deaths => disk.submit(request),
+            Op::Flush => finish(request, Ok(())),
+            _ => finish(request, Err(Errno::Io)),
+        }
     }
     fn allocation(
         &self,

@@ -104,7 +104,12 @@ impl Target {
     pub fn begin_session(&mut self, session: u64, epoch: u64) -> Result<(), ReplicaError> {
         self.waiting = None;
         self.list.clear();
-        self.store.set_session(Session(session))?;
+        self.raise_floor(epoch)?;
+        self.store.set_session(Session(session))
+    }
+
+    /// Refuse what is below this epoch from now on (I6).
+    pub fn raise_floor(&mut self, epoch: u64) -> Result<(), ReplicaError> {
         if self.store.manifest().floor < epoch { self.store.raise_floor(epoch) } else { Ok(()) }
     }
 

@@ -165,7 +165,7 @@ impl Tracking {
                     thread::sleep(OLDER_WRITE_POLL);
                 }
                 let kept = read_block(file, block, &mut content).map_err(|_| Full).and_then(|()| {
-                    let claim = || shared.tracker.claim_frozen(self.disk, block);
+                    let claim = || shared.tracker.claim_for(ticket, block);
                     shared.preserve.keep(self.disk, block, &content, claim)
                 });
                 if kept.is_err() {

@@ -19,10 +19,7 @@ impl Brain {
             }
             Intent::OpenHandover { vmi_uid } => self.open_handover(&vmi_uid, answer),
             Intent::Acquire | Intent::MoveStopped => self.acquire(answer),
-            Intent::Void => {
-                let event = handover::Event::WantVoid { activation: ActivationId(random_id()) };
-                self.answer_with(event, answer, "voided: this side will never activate in that handover");
-            }
+            Intent::Void => self.void(answer),
             Intent::Promote { generation } => self.promote(generation, answer),
             Intent::AcceptDivergence => {
                 let text = "this side becomes a replica; its own later writes stay readable until they are overwritten";
@@ -123,6 +120,18 @@ impl Brain {
         }
         let event = handover::Event::WantWrite { nonce: random_id() };
         self.answer_with(event, answer, "asked for the right to write");
+    }
+
+    /// At a target: give the handover up for good. At the active side, a person's decision: serve on here, above
+    /// whatever the handover may still lead to.
+    fn void(&mut self, answer: Answer) {
+        let activation = ActivationId(random_id());
+        if self.parts.site.record().role.is_active_side() {
+            let text = "this side serves on at a higher epoch; if the target was activated meanwhile it is fenced at the next contact";
+            return self.answer_with(handover::Event::Reclaim { activation }, answer, text);
+        }
+        let text = "voided: this side will never activate in that handover";
+        self.answer_with(handover::Event::WantVoid { activation }, answer, text);
     }
 
     fn promote(&mut self, number: Option<u64>, answer: Answer) {

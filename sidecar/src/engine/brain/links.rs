@@ -103,7 +103,12 @@ impl Brain {
         self.link = Some(Link { id, peer, control: control.clone(), rtt_millis: 0.0, same_history });
         self.reconnects += 1;
         let takes_frames = matches!(met.role, PeerRole::Replica | PeerRole::Voided { .. });
-        self.apply(handover::Event::Met { peer: met, activation: ActivationId(random_id()) });
+        let met = handover::Event::Met { peer: met, activation: ActivationId(random_id()) };
+        if let Err(why) = self.apply_or_refuse(met) {
+            let refused = Refused { reason: "Diverged".into(), text: why.into() };
+            let _ = control.send(message(Body::Refused(refused)));
+            return self.drop_link();
+        }
         match data {
             Some(data) => self.met_as_dialer(hello, control, data, takes_frames, same_history),
             None => self.met_as_listener(hello),

@@ -189,6 +189,10 @@ impl Brain {
         if !self.parts.site.waiting_for_grant() {
             self.conditions.clear("WaitingForGrant");
         }
+        let sealed = matches!(self.parts.site.record().role, watari_core::record::Role::Sealed { .. }) && self.link.is_none();
+        let text = "this side is sealed for a handover and its target does not answer";
+        let next = "wait for the target, or promote it at its last commit, or serve on here: `watari-sidecar ctl void`";
+        self.conditions.follow("SealedWithoutTarget", sealed.then(|| ("NoLink", text.to_owned(), next)));
         let churn = self.source.as_ref().filter(|s| s.primary.counters.given_up > 0 && self.link.is_some());
         let churn = churn.filter(|s| matches!(s.primary.phase(), Phase::Idle) && s.primary.counters.committed == self.committed_before);
         let bound = self.parts.config.preserve.memory_bytes + self.parts.config.preserve.spill_bytes;
