@@ -9,6 +9,7 @@ mod socket;
 
 use std::{pin::Pin, sync::Arc, time::Duration};
 
+use tokio::sync::watch;
 use tokio_stream::{Stream, StreamExt, wrappers::IntervalStream};
 use tonic::{Request, Response, Status, service::interceptor::InterceptedService};
 use watari_wire::control::{
@@ -37,11 +38,24 @@ const CUT_WAIT_MAX: Duration = Duration::from_secs(600);
 #[derive(Clone)]
 pub struct Control {
     steering: Arc<dyn Steering>,
+    /// Set once the server stops: watchers would hold it up for good. `None` where it lives as long as the process.
+    stopping: Option<watch::Receiver<bool>>,
 }
 
 /// For a server that only the owner of its socket can reach.
 pub fn service(steering: Arc<dyn Steering>) -> control_server::ControlServer<Control> {
-    control_server::ControlServer::new(Control { steering })
+    control_server::ControlServer::new(Control { steering, stopping: None })
+}
+
+/// The same for a server that can stop while the process goes on.
+fn stoppable(steering: Arc<dyn Steering>, stopping: watch::Receiver<bool>) -> control_server::ControlServer<Control> {
+    control_server::ControlServer::new(Control { steering, stopping: Some(stopping) })
+}
+
+/// Resolves once the server is told to stop, or when whoever could say so is gone.
+async fn told(mut stopping: watch::Receiver<bool>) {
+    // An error means that the sender is gone, which is the same wish.
+    let _ = stopping.wait_for(|stop| *stop).await;
 }
 
 /// Refuses every caller whose certificate is not of one site.
@@ -88,6 +102,16 @@ impl Control {
     }
 }
 
+/// The stream until `end` resolves.
+fn until<S: Stream>(stream: S, end: impl Future<Output = ()>) -> impl Stream<Item = S::Item> {
+    // The second stream yields one item, and that ends the whole.
+    let ended = tokio_stream::once(end).then(|end| async move {
+        end.await;
+        None
+    });
+    stream.map(Some).merge(ended).map_while(|item| item)
+}
+
 /// An outcome for a person.
 fn words(outcome: &Outcome) -> String {
     match outcome {
@@ -116,7 +140,12 @@ impl control_server::Control for Control {
         let mut ticks = tokio::time::interval(every);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         let this = self.clone();
-        Ok(Response::new(Box::pin(IntervalStream::new(ticks).map(move |_| this.status_reply()))))
+        let reports = IntervalStream::new(ticks).map(move |_| this.status_reply());
+        let reports: Self::WatchStream = match self.stopping.clone() {
+            None => Box::pin(reports),
+            Some(stopping) => Box::pin(until(reports, told(stopping))),
+        };
+        Ok(Response::new(reports))
     }
 
     async fn cut(&self, request: Request<CutRequest>) -> Result<Response<CutReply>, Status> {

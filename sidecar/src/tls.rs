@@ -142,10 +142,14 @@ pub fn explain(error: &(dyn std::error::Error + 'static)) -> Option<String> {
             return Some(verify::words(rustls));
         }
         // An io::Error hides the error it wraps from `source`, and shows that one's source instead.
-        if let Some(inner) = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref)
-            && let Some(words) = explain(inner)
-        {
-            return Some(words);
+        if let Some(inner) = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            if let Some(words) = explain(inner) {
+                return Some(words);
+            }
+            // HTTP/2 keeps only the text of an I/O error.
+            if let Some(words) = verify::alert_in(&inner.to_string()) {
+                return Some(words);
+            }
         }
         next = error.source();
     }

@@ -1,5 +1,7 @@
 //! The configuration file: the samples are valid, and everything else is refused in words that help.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{fs, path::Path, time::Duration};
 
 use watari_sidecar::{

@@ -54,6 +54,12 @@ fn look_at(disk: &Disk, start: Start) -> Result<(), Objection> {
         Err(error) if error.kind() == io::ErrorKind::NotFound && start == Start::Replica => {
             let parent = disk.path.parent().unwrap_or(Path::new("/"));
             return match not_a_folder(parent) {
+                None if disk.size_bytes.is_none() => Err((
+                    "size",
+                    format!("nothing, and {} does not exist", disk.path.display()),
+                    "the size of the peer's disk",
+                    "add it, so that an empty image can be made, or bring an image",
+                )),
                 None => Ok(()),
                 Some(found) => {
                     Err(("path", found, "an existing folder for the image", "create it, or correct the path"))

@@ -8,17 +8,20 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
-use tokio::{net::UnixListener, sync::oneshot, task::JoinHandle};
+use tokio::{net::UnixListener, sync::watch, task::JoinHandle};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
-use super::service;
+use super::{stoppable, told};
 use crate::engine::steering::Steering;
 
 /// Owner and group may steer.
 const SOCKET_MODE: u32 = 0o660;
+/// How long the end of the process may wait for a call that does not end.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
 /// Calls at once; each is small, and a client that floods waits for itself.
 const CALLS_MAX: usize = 64;
 
@@ -32,11 +35,12 @@ pub enum ControlError {
     Io { path: PathBuf, error: io::Error },
 }
 
-/// A serving control socket. Dropping it stops the server and removes the socket, if it is still ours.
+/// A serving control socket. Dropping it stops the server and removes the socket, if it is still ours; calls in
+/// progress may end, watchers are sent away.
 pub struct ControlSocket {
     path: PathBuf,
     inode: u64,
-    stop: Option<oneshot::Sender<()>>,
+    stop: watch::Sender<bool>,
     server: JoinHandle<()>,
 }
 
@@ -45,18 +49,17 @@ impl ControlSocket {
         &self.path
     }
 
-    /// Lets calls in progress end.
+    /// Stops and waits for calls in progress, at most [`STOP_PATIENCE`].
     pub async fn stop(mut self) {
-        if let Some(stop) = self.stop.take() {
-            let _ = stop.send(());
-        }
-        let _ = (&mut self.server).await;
+        self.stop.send_replace(true);
+        let _ = tokio::time::timeout(STOP_PATIENCE, &mut self.server).await;
     }
 }
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        self.server.abort();
+        // Not aborted: the connections are tasks of their own, and only the server tells them to end.
+        self.stop.send_replace(true);
         if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
             let _ = fs::remove_file(&self.path);
         }
@@ -70,21 +73,18 @@ pub fn serve(path: &Path, steering: Arc<dyn Steering>) -> Result<ControlSocket, 
     let listener = UnixListener::bind(path).map_err(io)?;
     fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(io)?;
     let inode = fs::symlink_metadata(path).map_err(io)?.ino();
-    let (stop, stopped) = oneshot::channel::<()>();
+    let (stop, stopping) = watch::channel(false);
     let server = tokio::spawn(async move {
         let served = Server::builder()
             .concurrency_limit_per_connection(CALLS_MAX)
-            .add_service(service(steering))
-            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
-                // An error means that the owner is gone, which is the same wish.
-                let _ = stopped.await;
-            })
+            .add_service(stoppable(steering, stopping.clone()))
+            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), told(stopping))
             .await;
         if let Err(error) = served {
             tracing::error!(%error, "the control server ended");
         }
     });
-    Ok(ControlSocket { path: path.to_owned(), inode, stop: Some(stop), server })
+    Ok(ControlSocket { path: path.to_owned(), inode, stop, server })
 }
 
 /// Removes a socket that nobody serves.

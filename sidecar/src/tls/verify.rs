@@ -228,6 +228,21 @@ pub fn words(error: &Error) -> String {
     }
 }
 
+/// The words for an alert of the other end that survives only as text, as rustls writes it.
+pub fn alert_in(text: &str) -> Option<String> {
+    const REFUSALS: [AlertDescription; 7] = [
+        AlertDescription::BadCertificate,
+        AlertDescription::UnsupportedCertificate,
+        AlertDescription::CertificateExpired,
+        AlertDescription::CertificateUnknown,
+        AlertDescription::UnknownCA,
+        AlertDescription::CertificateRequired,
+        AlertDescription::UnrecognisedName,
+    ];
+    let found = REFUSALS.into_iter().find(|alert| Error::AlertReceived(*alert).to_string() == text);
+    found.map(alert_words)
+}
+
 fn alert_words(alert: AlertDescription) -> String {
     let why = match alert {
         AlertDescription::CertificateExpired => {
