@@ -2,7 +2,7 @@
 //! their threads: gate, admission, preserving, the disk in pieces, completion. Each step is an event of the history.
 
 use watari_core::{
-    geometry::{Block, DiskIndex, covering},
+    geometry::{Block, DiskIndex, Epoch, covering},
     handover::{Event, Gate},
     record::Role,
     replica::images::image_name,
@@ -84,15 +84,15 @@ pub struct Active {
     pub spec: Spec,
     stage: Stage,
     ticket: Option<Ticket>,
-    /// Epoch counter in which it was admitted.
-    counter: u64,
+    /// Epoch in which it was admitted.
+    epoch: Epoch,
     /// Its QEMU is gone: nobody hears the answer.
     pub orphan: bool,
 }
 
 impl Active {
     pub fn new(spec: Spec) -> Active {
-        Active { spec, stage: Stage::Gate, ticket: None, counter: 0, orphan: false }
+        Active { spec, stage: Stage::Gate, ticket: None, epoch: Epoch::default(), orphan: false }
     }
     /// Not past the gate.
     pub fn held(&self) -> bool {
@@ -288,7 +288,7 @@ impl Process {
                     a.stage = Stage::Admit { slow: true };
                     return true;
                 }
-                a.counter = self.site.record().epoch.counter;
+                a.epoch = self.site.record().epoch;
                 a.ticket = Some(ticket);
                 a.stage = if blocks.is_empty() { Stage::Disk { at: 0 } } else { Stage::Preserve { blocks, read: None } };
                 true
@@ -345,7 +345,7 @@ impl Process {
         let n = if ctx.rng.one_in(2) { left } else { 1 + ctx.rng.below(left) };
         let words = effect.words[at as usize..(at + n) as usize].to_vec();
         let part = Effect { disk: effect.disk, sector: effect.sector + at, words };
-        self.may_write(ctx, a.counter);
+        self.may_write(ctx, a.epoch);
         if let Some(live) = &mut ctx.truth.live[self.index] {
             live.wrote(&part);
         }
@@ -361,7 +361,7 @@ impl Process {
     }
 
     /// I6: a guest write goes to our disk now; may it?
-    fn may_write(&self, ctx: &mut Ctx, counter: u64) {
+    fn may_write(&self, ctx: &mut Ctx, epoch: Epoch) {
         let record = self.site.record();
         // Admitted before a seal or a fence it may still arrive, until the right is granted or the disks are a replica's.
         let ends = matches!(record.role, Role::Sealed { .. } | Role::Fenced { .. } | Role::Released { .. });
@@ -371,7 +371,7 @@ impl Process {
             record.role.name(),
             if self.granted { " and has granted the right to write" } else { "" }
         );
-        ctx.truth.writes(self.index, counter);
+        ctx.truth.writes(self.index, epoch);
     }
 }
 

@@ -166,15 +166,15 @@ impl World {
             if round == 20 || goal.is_none() && round > 20 && round % 50 == 0 {
                 goal = self.demand();
             }
-            if let Some((s, cuts)) = goal
-                && self.at_rest(s, cuts)
+            if let Some((s, _, committed)) = goal
+                && self.at_rest(s, committed)
             {
                 self.check_equal(s);
                 self.ctx.cov.hit("converged");
                 return;
             }
             // Who serves may have changed since.
-            if goal.is_some_and(|(s, _)| !matches!(self.role(s), Some(Role::Serving))) {
+            if goal.is_some_and(|(s, source, _)| self.source_life(s) != Some(source)) {
                 goal = None;
             }
         }
@@ -182,11 +182,18 @@ impl World {
     }
 
     /// A fresh generation is asked for where the VM is active.
-    fn demand(&mut self) -> Option<(usize, u64)> {
+    fn demand(&mut self) -> Option<(usize, (u64, u64), u64)> {
         let s = (0..2).find(|s| matches!(self.role(*s), Some(Role::Serving)))?;
         let source = self.nodes[s].process.as_mut()?.source.as_mut()?;
         source.primary.demand_cut();
-        Some((s, source.primary.next_number().0))
+        let committed = source.primary.counters.committed;
+        Some((s, self.source_life(s)?, committed))
+    }
+
+    /// Which life of a serving source this is: session and epoch.
+    fn source_life(&self, s: usize) -> Option<(u64, u64)> {
+        let p = self.nodes[s].process.as_ref().filter(|p| matches!(p.role(), Role::Serving))?;
+        Some((p.session.0, p.site.record().epoch.counter))
     }
 
     /// One round of everybody's duty.
@@ -257,6 +264,7 @@ impl World {
                 }
             }
             None => {
+                self.settles_divergence();
                 self.voids_leftovers();
                 for s in 0..2 {
                     self.boots(s);
@@ -265,7 +273,19 @@ impl World {
         }
     }
 
-    fn at_rest(&self, s: usize, number: u64) -> bool {
+    /// Two active sides under one counter: a person names the first.
+    fn settles_divergence(&mut self) {
+        let serves = |w: &World, s: usize| w.nodes[s].process.as_ref().is_some_and(|p| matches!(p.role(), Role::Serving));
+        if serves(self, 0) && serves(self, 1) && self.one_in(20) {
+            let of = |w: &World, s: usize| w.nodes[s].record().map(|r| r.epoch.counter);
+            if of(self, 0) == of(self, 1) {
+                self.ctx.cov.hit("diverged: a person names the winner");
+                self.reclaims(0);
+            }
+        }
+    }
+
+    fn at_rest(&self, s: usize, committed: u64) -> bool {
         let t = 1 - s;
         let (Some(a), Some(b)) = (&self.nodes[s].process, &self.nodes[t].process) else { return false };
         let (Some(source), Some(target)) = (&a.source, &b.target) else { return false };
@@ -274,7 +294,7 @@ impl World {
             && a.gate == Gate::Serve
             && source.primary.phase() == &Phase::Idle
             && !source.busy()
-            && source.primary.base().number.0 >= number
+            && source.primary.counters.committed > committed
             && target.applied() == source.primary.base()
             && a.requests.is_empty()
             && a.tracker.current_blocks() + a.tracker.frozen_blocks() == 0

@@ -118,6 +118,8 @@ pub type WireId = u64;
 #[derive(Clone, Debug)]
 pub struct Wire {
     pub dialer: usize,
+    /// What the dialer said of itself.
+    pub said: Peer,
     /// Which life of each site's process this belongs to.
     pub lives: [u64; 2],
     /// Messages on their way *to* each site.
@@ -152,6 +154,7 @@ impl Net {
         self.next += 1;
         let mut wire = Wire {
             dialer,
+            said: hello.peer.clone(),
             lives,
             control: Default::default(),
             lanes: vec![VecDeque::new(); lanes],

@@ -44,6 +44,7 @@ impl World {
             7 => self.ctx.rng.one_in(12) && self.migration_fails(),
             8 => self.asks_again(),
             9 => self.ctx.setup.failovers && self.promotes(s),
+            10 if self.ctx.setup.failovers && self.ctx.rng.one_in(4) => self.reclaims(s),
             10 => self.accepts(s),
             _ => self.cleans_up(s),
         }
@@ -201,6 +202,34 @@ impl World {
         let Some(m) = self.moving.filter(|m| m.phase == Phase::Resumed) else { return false };
         let nonce = self.ctx.id();
         matches!(self.role(1 - m.from), Some(Role::Replica)) && self.event(1 - m.from, Event::WantWrite { nonce })
+    }
+
+    /// A person decides that the active side serves on: its target is gone, or both are active under one counter.
+    pub fn reclaims(&mut self, s: usize) -> bool {
+        let may = matches!(self.role(s), Some(Role::Serving | Role::HandoverOpen { .. } | Role::Sealed { .. }));
+        if !may {
+            return false;
+        }
+        self.note(|| format!("site {s} is told to serve on"));
+        self.ctx.cov.hit("a person reclaims");
+        let activation = ActivationId(self.ctx.id());
+        // The migration is over: what executes elsewhere is not served by this side any more.
+        if let Some(m) = self.moving.filter(|m| m.from == s) {
+            self.moving = None;
+            match &mut self.qemus[s] {
+                Some(q) if !matches!(m.phase, Phase::Resumed) => (q.running, q.draining) = (true, false),
+                _ => {}
+            }
+        }
+        self.event(s, Event::Reclaim { activation });
+        if let Some(p) = self.nodes[s].process.as_mut().filter(|p| p.link.is_some()) {
+            // The peer knows us under the old epoch: meet again.
+            p.drop_link(&mut self.ctx);
+        }
+        if let Some(record) = self.nodes[s].record() {
+            self.ctx.truth.unfenced.insert(record.epoch.counter);
+        }
+        true
     }
 
     /// A person promotes a replica to one of its generations.

@@ -216,7 +216,7 @@ impl Process {
             source.raise_epoch(&self.tracker, counter);
         }
         if let Some(target) = self.target.as_mut().filter(|_| record.role.receives()) {
-            let outcome = target.store.raise_floor(counter).map_err(|e| e.to_string());
+            let outcome = target.store.raise_floor(record.floor.max(counter)).map_err(|e| e.to_string());
             target.note(ctx, outcome);
         }
     }
@@ -332,6 +332,14 @@ impl Process {
     }
 
     pub fn link_opened(&mut self, ctx: &mut Ctx, wire: WireId, hello: &Hello, dialer: bool) {
+        let mine = self.hello().peer;
+        let outdated = |said: &Peer| said.epoch != mine.epoch || said.floor != mine.floor || said.role != mine.role;
+        if dialer && ctx.net.wires.get(&wire).is_some_and(|w| outdated(&w.said)) {
+            // What the peer knows of us is over: meet again.
+            ctx.cov.hit("a dialled connection is outdated before it opens");
+            ctx.net.hang_up(wire, self.index);
+            return;
+        }
         if self.link.is_some() {
             ctx.cov.hit("a second connection replaces the first");
             self.drop_link(ctx);
@@ -340,8 +348,12 @@ impl Process {
         let same_history = record.identity != [0; 16] && hello.identity == record.identity;
         self.link = Some(Link { wire, dialer, same_history, useless: false });
         let activation = ActivationId(ctx.id());
+        let refusals = self.refusals.len();
         self.apply(ctx, Event::Met { peer: hello.peer.clone(), activation });
-        if self.dead {
+        if self.refusals.len() > refusals {
+            self.drop_link(ctx);
+        }
+        if self.dead || self.link.is_none() {
             return;
         }
         if dialer { self.met_as_dialer(ctx, hello, same_history) } else { self.met_as_listener(ctx, hello) }
@@ -504,7 +516,7 @@ impl Process {
             3 => target.work(ctx),
             _ => target.retain(ctx),
         };
-        out.extend(target.news());
+        out.extend(target.news(ctx.now));
         self.dead |= self.medium.is_off();
         if self.dead {
             return true;
@@ -544,6 +556,7 @@ fn event_name(event: &Event) -> &'static str {
         Event::WantWrite { .. } => "WantWrite",
         Event::WantVoid { .. } => "WantVoid",
         Event::Promote { .. } => "Promote",
+        Event::Reclaim { .. } => "Reclaim",
         Event::Rolled { .. } => "Rolled",
         Event::AcceptDivergence => "AcceptDivergence",
         Event::RemainderSent { .. } => "RemainderSent",

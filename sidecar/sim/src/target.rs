@@ -358,7 +358,12 @@ impl Target {
     }
 
     /// Said when it changed.
-    pub fn news(&mut self) -> Option<Body> {
+    pub fn news(&mut self, now: u64) -> Option<Body> {
+        // The source sends nothing while we are full, so nothing will show that there is room again: after a pause it is
+        // believed, and the next want of room says otherwise.
+        if self.full_until.is_some_and(|t| now >= t) {
+            self.room();
+        }
         (self.full != std::mem::replace(&mut self.told_full, self.full)).then_some(Body::Full(self.full))
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use watari_core::geometry::Generation;
+use watari_core::geometry::{Epoch, Generation};
 
 use crate::content::{Disks, Word, name};
 
@@ -77,11 +77,11 @@ pub struct Truth {
     /// Of each site that is an active side.
     pub live: [Option<Live>; 2],
     pub generations: BTreeMap<Generation, GenTruth>,
-    /// Which site wrote in which epoch counter.
-    pub writers: BTreeMap<u64, usize>,
+    /// Which site wrote in which epoch.
+    pub writers: BTreeMap<(u64, [u8; 16]), usize>,
     /// The newest generation that each site, as a target, said is committed.
     pub promised: [Option<Generation>; 2],
-    /// Epoch counters that began with a promotion.
+    /// Epoch counters that began with a person's decision against a side that could not be asked: a promotion, a reclaim.
     pub unfenced: std::collections::BTreeSet<u64>,
     /// Guest writes are numbered.
     pub next_write: u64,
@@ -150,9 +150,9 @@ impl Truth {
         self.generations.get(&generation).map(|g| &g.content)
     }
 
-    /// I6: a guest write goes to the disk of `site` in epoch `counter`.
-    pub fn writes(&mut self, site: usize, counter: u64) {
-        let writer = *self.writers.entry(counter).or_insert(site);
-        assert!(writer == site, "I6: sites {writer} and {site} both write in epoch {counter}");
+    /// I6: a guest write goes to the disk of `site` in this epoch.
+    pub fn writes(&mut self, site: usize, epoch: Epoch) {
+        let writer = *self.writers.entry((epoch.counter, epoch.activation.0)).or_insert(site);
+        assert!(writer == site, "I6: sites {writer} and {site} both write in epoch {epoch:?}");
     }
 }
