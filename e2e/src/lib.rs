@@ -84,4 +84,5 @@ pub mod process;
 pub mod qemu;
 pub mod reaper;
 pub mod site;
+pub mod storms;
 pub mod wan;
