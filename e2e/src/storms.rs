@@ -163,7 +163,8 @@ pub fn moves(moves: u32, seed: u64, rate: u64) -> anyhow::Result<Tally> {
             bed.wan.restore()?;
             tally.cuts_of_the_link += 1;
         }
-        let (there, _) = pair.move_vm(at, &here, &machine, &format!("m{n}")).with_context(|| format!("move {n}, seed {seed}"))?;
+        let (there, _) =
+            pair.move_vm(at, &here, &machine, &format!("m{n}")).with_context(|| format!("move {n}, seed {seed}"))?;
         guest.move_to(there.control_socket());
         here.quit()?;
         here = there;

@@ -42,7 +42,8 @@ pub async fn run(config: Config, front_end: bool, flags: &WorkerFlags) -> Result
     let mut terminate = signal(SignalKind::terminate()).map_err(WorkerError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(WorkerError::Signals)?;
     let running = start::start(config.clone(), front_end, flags).await?;
-    let handle = Handle { post: running.post.clone(), report: running.report.clone(), signals: running.signals.clone() };
+    let handle =
+        Handle { post: running.post.clone(), report: running.report.clone(), signals: running.signals.clone() };
     let steering: Arc<dyn Steering> = Arc::new(handle.clone());
     let control = control::serve(&config.control_socket, steering.clone())?;
     let _metrics = match &config.metrics {

@@ -138,7 +138,13 @@ fn synchronise(pair: &mut Pair, total: u64) -> anyhow::Result<()> {
 }
 
 /// One move, verified inside the guest. The guest goes on writing.
-fn moved(pair: &mut Pair, from: usize, here: Qemu, machine: &Machine, guest: &mut Control) -> anyhow::Result<(Qemu, Move, Gaps)> {
+fn moved(
+    pair: &mut Pair,
+    from: usize,
+    here: Qemu,
+    machine: &Machine,
+    guest: &mut Control,
+) -> anyhow::Result<(Qemu, Move, Gaps)> {
     guest.reset_gaps()?;
     let tag = format!("to-{}", ["osaka", "tokyo"][from]);
     let (there, moved) = pair.move_vm(from, &here, machine, &tag)?;
@@ -159,7 +165,9 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let Options { mbit, rtt, data, writes, no_copy } = options;
     let started = Instant::now();
-    println!("Watari: two sites, {mbit} Mbit/s and {rtt} ms round trip between them (emulated; root needed for namespaces)");
+    println!(
+        "Watari: two sites, {mbit} Mbit/s and {rtt} ms round trip between them (emulated; root needed for namespaces)"
+    );
     let bed = TestBed::new("demo", Shape::wan(mbit * 1_000_000, Duration::from_millis(rtt)))?;
     let share = [data - data / 3, data / 3];
     let disks = [("root", share[0]), ("data", share[1])];
@@ -251,7 +259,9 @@ fn full_copy(pair: &mut Pair, here: Qemu, machine: &Machine, guest: &mut Control
 }
 
 fn table(rows: &[Row], mbit: u64, rtt: u64) {
-    println!("\n| {mbit} Mbit/s, {rtt} ms RTT | time | pause seen by the guest | bytes on the link | full copy / this |");
+    println!(
+        "\n| {mbit} Mbit/s, {rtt} ms RTT | time | pause seen by the guest | bytes on the link | full copy / this |"
+    );
     println!("| --- | ---: | ---: | ---: | ---: |");
     let whole = rows.iter().find(|r| r.what == "full copy").map(|r| r.seconds);
     for Row { what, seconds, gaps, bytes } in rows {

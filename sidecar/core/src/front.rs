@@ -16,7 +16,9 @@ pub enum Op {
     /// Deallocate; content afterwards reads as zeroes here (we always punch, so that both sites agree).
     Discard,
     /// Write zeroes; `no_hole` asks to keep the range allocated.
-    WriteZeroes { no_hole: bool },
+    WriteZeroes {
+        no_hole: bool,
+    },
     /// Prefetch; may do nothing.
     Cache,
 }

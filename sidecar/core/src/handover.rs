@@ -53,33 +53,53 @@ pub enum Message {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Event {
     /// The operator (or a person) opens a handover at the source.
-    OpenHandover { handover: Id },
+    OpenHandover {
+        handover: Id,
+    },
     /// A QEMU connected at a side that does not serve.
     GuestAttached,
     /// The last QEMU left (source: after a flush, cleanly; target: for any reason).
     GuestLeft,
     /// The attached guest wants to write, or to read after the source's QEMU left, or the operator saw it running here,
     /// or a stopped VM shall start here (`handover` is then made up by the caller and opened by the peer on request).
-    WantWrite { nonce: Id },
+    WantWrite {
+        nonce: Id,
+    },
     /// The operator says that the migration failed and no QEMU runs here.
-    WantVoid { activation: ActivationId },
+    WantVoid {
+        activation: ActivationId,
+    },
     /// A person or the operator promotes this side to a kept generation (already chosen).
-    Promote { generation: Generation },
+    Promote {
+        generation: Generation,
+    },
     /// The image equals the generation that `Promoting` names.
-    Rolled { activation: ActivationId },
+    Rolled {
+        activation: ActivationId,
+    },
     /// A person decides that this active side serves on, whatever an open handover may still lead to (its target is
     /// gone), or that it wins over a diverged one.
-    Reclaim { activation: ActivationId },
+    Reclaim {
+        activation: ActivationId,
+    },
     /// A person lets the divergent writes of this fenced side be overwritten.
     AcceptDivergence,
     /// Sealed: no guest write is in flight, and everything is in `generation`, whose commit list has been sent.
-    RemainderSent { generation: Generation },
+    RemainderSent {
+        generation: Generation,
+    },
     /// Target: `generation` is committed, fully applied, durable, the journal retired.
-    Applied { generation: Generation, activation: ActivationId },
+    Applied {
+        generation: Generation,
+        activation: ActivationId,
+    },
     /// `Released`: the folder is a replica's now.
     Adopted,
     /// A connection to the peer stands and its record is known.
-    Met { peer: Peer, activation: ActivationId },
+    Met {
+        peer: Peer,
+        activation: ActivationId,
+    },
     /// The connection is gone.
     Parted,
     Received(Message, ActivationId),
@@ -140,9 +160,13 @@ pub enum Action {
     /// Make the image equal to this kept generation, then [`Event::Rolled`].
     RollTo(Generation),
     /// Source duties begin here: fresh maps, everything equal to `base` at the peer (`None`: the peer must be compared).
-    BecomeSource { base: Option<Generation> },
+    BecomeSource {
+        base: Option<Generation>,
+    },
     /// Replica duties begin here: the disks hold `generation` (plus listed divergence), then [`Event::Adopted`].
-    BecomeReplica { generation: Generation },
+    BecomeReplica {
+        generation: Generation,
+    },
     /// The peer is too old or too new to talk to; say so and close.
     Refuse(&'static str),
     /// A condition for people.
@@ -499,7 +523,9 @@ impl Site {
         match self.record.role.clone() {
             Role::HandoverOpen { handover } => match peer.role {
                 PeerRole::Voided { handover: h } if h == handover => self.voided_by(h, peer.floor, activation),
-                _ if theirs.counter > mine.counter || peer.floor > mine.counter + 1 => self.fenced_by(theirs, peer.floor),
+                _ if theirs.counter > mine.counter || peer.floor > mine.counter + 1 => {
+                    self.fenced_by(theirs, peer.floor)
+                }
                 _ if theirs.counter == mine.counter && theirs.activation != mine.activation => diverged(),
                 _ => vec![Action::Send(Message::Open { handover, epoch: mine })],
             },
@@ -579,7 +605,8 @@ impl Site {
             Message::Attached { .. } | Message::QemuLeft { .. } | Message::Released { .. } => Vec::new(),
             Message::Acquire { handover, nonce, session } => self.acquire(handover, nonce, session),
             Message::Grant { handover, nonce, session, epoch, generation } => {
-                let mine = self.offered == Some((handover, epoch)) && self.asked == Some(nonce) && session == self.session;
+                let mine =
+                    self.offered == Some((handover, epoch)) && self.asked == Some(nonce) && session == self.session;
                 if !mine || !matches!(self.record.role, Role::Replica) || epoch != self.record.epoch {
                     return Vec::new();
                 }

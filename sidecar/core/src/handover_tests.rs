@@ -221,7 +221,10 @@ fn a_remainder_means_nothing_unless_sealed() {
 fn the_target_applies_exactly_the_granted_generation_before_it_serves() {
     let mut s = asking();
     assert_eq!(received(&mut s, grant(NONCE, SESSION, 1)), vec![Action::ApplyUpTo(G)]);
-    assert!(s.apply(Event::Applied { generation: generation(1, 9), activation: act(3) }).is_empty(), "another generation");
+    assert!(
+        s.apply(Event::Applied { generation: generation(1, 9), activation: act(3) }).is_empty(),
+        "another generation"
+    );
     let actions = s.apply(Event::Applied { generation: G, activation: act(3) });
     holds_together(&s, &actions);
     let epoch = Epoch { counter: 2, activation: act(3) };
@@ -538,7 +541,9 @@ fn a_side_that_meets_a_higher_epoch_it_did_not_grant_is_fenced() {
             let actions = met(&mut s, peer(PeerRole::Active { handover: None }, counter));
             holds_together(&s, &actions);
             assert!(matches!(s.record().role, Role::Fenced { by } if by.counter == counter), "{role:?} {counter}");
-            assert!(actions.contains(&Action::Gate(Gate::Dead)) && actions.contains(&Action::Report(Condition::Fenced)));
+            assert!(
+                actions.contains(&Action::Gate(Gate::Dead)) && actions.contains(&Action::Report(Condition::Fenced))
+            );
         }
     }
 }
@@ -585,9 +590,11 @@ fn a_replica_follows_an_epoch_that_was_raised_properly_and_no_lower_one() {
 
 #[test]
 fn roles_that_wait_for_something_else_do_not_move_at_contact() {
-    for role in
-        [Role::Promoting { generation: G }, Role::Released { handover: H, generation: G }, Role::Fenced { by: epoch(9) }]
-    {
+    for role in [
+        Role::Promoting { generation: G },
+        Role::Released { handover: H, generation: G },
+        Role::Fenced { by: epoch(9) },
+    ] {
         let mut s = site(role.clone(), 1);
         assert!(met(&mut s, peer(PeerRole::Active { handover: None }, 5)).is_empty());
         assert_eq!(s.record().role, role);

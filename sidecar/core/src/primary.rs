@@ -307,12 +307,8 @@ impl Primary {
         if matches!(self.phase, Phase::Forgetting { .. }) {
             return;
         }
-        let lost: Vec<u64> = self
-            .books
-            .keys()
-            .copied()
-            .filter(|s| !held.is_some_and(|held| held(Sequence(*s))))
-            .collect();
+        let lost: Vec<u64> =
+            self.books.keys().copied().filter(|s| !held.is_some_and(|held| held(Sequence(*s)))).collect();
         let (again, gone): (Vec<u64>, Vec<u64>) = lost.into_iter().partition(|s| kept_payload(Sequence(*s)));
         for s in self.books.keys().copied().collect::<Vec<_>>() {
             if !again.contains(&s) && !gone.contains(&s) {
@@ -328,7 +324,9 @@ impl Primary {
     /// can never commit.
     fn follow<M: Maps>(&mut self, tracker: &Tracker<M>, committed: Generation) {
         match self.phase {
-            Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } if generation == committed => return,
+            Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } if generation == committed => {
+                return;
+            }
             Phase::Idle | Phase::Open { .. } | Phase::Committing { .. } if committed == self.base => return,
             Phase::Idle => {}
             Phase::Open { .. } | Phase::Committing { .. } => self.abandon(tracker),
@@ -537,8 +535,7 @@ impl Primary {
             return;
         }
         self.phase = Phase::Committing { generation, cut_at_millis, list_sent: false };
-        let (again, gone): (Vec<Sequence>, Vec<Sequence>) =
-            missing.iter().partition(|s| {
+        let (again, gone): (Vec<Sequence>, Vec<Sequence>) = missing.iter().partition(|s| {
             let may_repeat = self.books.get(&s.0).is_some_and(|b| !b.durable && !b.same);
             may_repeat && kept_payload(**s)
         });
@@ -593,12 +590,12 @@ impl Primary {
         if !self.linked || self.blocked || self.limits.paused && !self.sealing {
             return Step::Wait { until_millis: u64::MAX };
         }
-        if let Some(sequence) = self.resend.pop() {
-            if let Some(book) = self.books.get(&sequence.0) {
-                self.counters.resent_bytes += book.wire_bytes;
-                self.sent_at.insert(sequence.0, now);
-                return Step::Resend(sequence);
-            }
+        if let Some(sequence) = self.resend.pop()
+            && let Some(book) = self.books.get(&sequence.0)
+        {
+            self.counters.resent_bytes += book.wire_bytes;
+            self.sent_at.insert(sequence.0, now);
+            return Step::Resend(sequence);
         }
         let room = self.bytes_in_flight() + limits::FRAME_BYTES_MAX / 4 <= self.window.bytes();
         match self.phase.clone() {
@@ -647,7 +644,8 @@ impl Primary {
             self.demanded = false;
             return Step::Wait { until_millis: u64::MAX };
         }
-        let busy_at = self.next_cut_millis.saturating_sub(self.limits.interval_millis) + limits::CONVERGING_PAUSE_MILLIS;
+        let busy_at =
+            self.next_cut_millis.saturating_sub(self.limits.interval_millis) + limits::CONVERGING_PAUSE_MILLIS;
         let until = if self.converging && !clean { busy_at.min(self.next_cut_millis) } else { self.next_cut_millis };
         if !self.demanded && !self.sealing && now < until {
             // Something may become dirty meanwhile; while converging that is looked for again soon.

@@ -42,10 +42,7 @@ impl Role {
     }
     /// Believes that the right to write is here, whether or not it may be used at the moment.
     pub fn is_active_side(&self) -> bool {
-        matches!(
-            self,
-            Role::Serving | Role::HandoverOpen { .. } | Role::Sealed { .. } | Role::Promoting { .. }
-        )
+        matches!(self, Role::Serving | Role::HandoverOpen { .. } | Role::Sealed { .. } | Role::Promoting { .. })
     }
     /// Takes frames from an active peer.
     pub fn receives(&self) -> bool {
@@ -116,7 +113,9 @@ pub struct RoleRecord {
 /// Why bytes are not a role record.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum RecordError {
-    #[error("role record is of format version {found}, this binary knows {known}: use a newer binary, nothing was changed")]
+    #[error(
+        "role record is of format version {found}, this binary knows {known}: use a newer binary, nothing was changed"
+    )]
     Version { found: u16, known: u16 },
     #[error("role record is damaged: {0}")]
     Damaged(&'static str),

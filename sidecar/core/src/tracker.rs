@@ -562,7 +562,15 @@ impl<M: Maps> Tracker<M> {
         out
     }
 
-    fn extents_within(&self, disk: DiskIndex, map: MapName, first: Block, last: Block, max: u64, out: &mut Vec<Extent>) {
+    fn extents_within(
+        &self,
+        disk: DiskIndex,
+        map: MapName,
+        first: Block,
+        last: Block,
+        max: u64,
+        out: &mut Vec<Extent>,
+    ) {
         let words = self.maps.words(disk, map);
         let (w0, w1) = ((first.0 / 64) as usize, (last.0 / 64) as usize);
         let mut left = max;

@@ -35,7 +35,12 @@ pub fn check(config: &Config, start: Start) -> Result<(), ConfigError> {
         }
     }
     if let Some(found) = not_a_folder_to_be(&config.folder) {
-        refuse("folder", found, "a folder, or a name in one", "create it on storage that survives the node (not a tmpfs)");
+        refuse(
+            "folder",
+            found,
+            "a folder, or a name in one",
+            "create it on storage that survives the node (not a tmpfs)",
+        );
     }
     for (index, disk) in config.disks.iter().enumerate() {
         match look_at(disk, start) {

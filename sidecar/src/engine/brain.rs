@@ -254,7 +254,9 @@ impl Brain {
                     self.apply(handover::Event::WantWrite { nonce: random_id() });
                 }
             }
-            Event::LinkOpened { link, peer, hello, control, data } => self.link_opened(link, peer, &hello, control, data),
+            Event::LinkOpened { link, peer, hello, control, data } => {
+                self.link_opened(link, peer, &hello, control, data)
+            }
             Event::LinkMessage(link, m) => self.link_message(link, m),
             Event::LinkClosed(link, reason) => self.link_closed(link, &reason),
             Event::DialFailed(reason) => self.last_link_error = reason,
@@ -309,7 +311,12 @@ impl Brain {
                         tracing::error!(%error, "the role record cannot be written: the worker starts over");
                         std::process::exit(super::EXIT_RECORD);
                     }
-                    tracing::info!(role = record.role.name(), epoch = record.epoch.counter, floor = record.floor, "role");
+                    tracing::info!(
+                        role = record.role.name(),
+                        epoch = record.epoch.counter,
+                        floor = record.floor,
+                        "role"
+                    );
                     if let Some(source) = &mut self.source {
                         source.raise_epoch(record.epoch.counter);
                     }
@@ -343,7 +350,10 @@ impl Brain {
                     self.drain();
                     for disk in self.parts.disks.iter() {
                         if let Err(errno) = disk.local().file().flush() {
-                            tracing::error!(?errno, "fdatasync of a disk failed before a release: the worker starts over");
+                            tracing::error!(
+                                ?errno,
+                                "fdatasync of a disk failed before a release: the worker starts over"
+                            );
                             std::process::exit(super::EXIT_RECORD);
                         }
                     }
@@ -449,7 +459,12 @@ impl Brain {
                 self.parts.shared.tracker.clear_all();
                 self.apply(handover::Event::Adopted);
             }
-            Err(error) => self.conditions.set("ReplicaFailed", "CannotAdopt", &error.to_string(), "make room in the folder, then restart this sidecar"),
+            Err(error) => self.conditions.set(
+                "ReplicaFailed",
+                "CannotAdopt",
+                &error.to_string(),
+                "make room in the folder, then restart this sidecar",
+            ),
         }
     }
 
@@ -461,7 +476,12 @@ impl Brain {
             }
             Err(error) => {
                 tracing::error!(%error, "the replica cannot be opened");
-                self.conditions.set("ReplicaFailed", "CannotOpen", &error.to_string(), "`watari-sidecar inspect` shows what is there");
+                self.conditions.set(
+                    "ReplicaFailed",
+                    "CannotOpen",
+                    &error.to_string(),
+                    "`watari-sidecar inspect` shows what is there",
+                );
             }
         }
     }
@@ -476,8 +496,15 @@ impl Brain {
             target.finish_applying()
         })();
         match rolled {
-            Ok(()) => self.apply(handover::Event::Rolled { activation: watari_core::geometry::ActivationId(random_id()) }),
-            Err(error) => self.conditions.set("PromotionFailed", "CannotRoll", &error.to_string(), "make room, then promote again"),
+            Ok(()) => {
+                self.apply(handover::Event::Rolled { activation: watari_core::geometry::ActivationId(random_id()) })
+            }
+            Err(error) => self.conditions.set(
+                "PromotionFailed",
+                "CannotRoll",
+                &error.to_string(),
+                "make room, then promote again",
+            ),
         }
     }
 
@@ -506,7 +533,12 @@ impl Brain {
             }
             Err(error) => {
                 // I5: without a sync nothing is forgotten, and a failed sync is never repeated.
-                self.conditions.set("SourceDiskFailed", "SyncFailed", &error, "check the disk; the VM's own writes report errors to it");
+                self.conditions.set(
+                    "SourceDiskFailed",
+                    "SyncFailed",
+                    &error,
+                    "check the disk; the VM's own writes report errors to it",
+                );
             }
         }
     }
@@ -661,9 +693,9 @@ impl Brain {
         let committed = source.primary.base();
         let open = match source.primary.phase() {
             Phase::Idle => None,
-            Phase::Open { generation, .. } | Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } => {
-                Some(generation.number.0)
-            }
+            Phase::Open { generation, .. }
+            | Phase::Committing { generation, .. }
+            | Phase::Forgetting { generation, .. } => Some(generation.number.0),
         };
         let now = Instant::now();
         for mut waiter in std::mem::take(&mut self.cuts) {
@@ -672,7 +704,8 @@ impl Brain {
             }
             let done = waiter.number.is_some_and(|n| committed.number.0 >= n);
             if done {
-                let _ = waiter.answer.send(Ok(Outcome::Committed { epoch: committed.epoch, number: committed.number.0 }));
+                let _ =
+                    waiter.answer.send(Ok(Outcome::Committed { epoch: committed.epoch, number: committed.number.0 }));
             } else if now >= waiter.deadline {
                 let text = "the cut goes on; its generation is not committed yet".to_owned();
                 let _ = waiter.answer.send(Ok(Outcome::Pending(text)));

@@ -165,11 +165,7 @@ impl<'a> Builder<'a> {
     }
 
     fn id(&self, nth: u64) -> FrameId {
-        FrameId {
-            epoch: self.naming.epoch,
-            session: self.naming.session,
-            sequence: Sequence(self.sequence.0 + nth),
-        }
+        FrameId { epoch: self.naming.epoch, session: self.naming.session, sequence: Sequence(self.sequence.0 + nth) }
     }
 
     /// At most one frame of each kind (the sequences of a read).

@@ -27,15 +27,28 @@ pub enum Event {
     GuestLeft(Detach),
     GuestWantsWrite,
     /// A connection stands and the peer said Hello. `data` exists where we dialled.
-    LinkOpened { link: LinkId, peer: String, hello: Box<Hello>, control: ControlSender, data: Option<DataPool> },
+    LinkOpened {
+        link: LinkId,
+        peer: String,
+        hello: Box<Hello>,
+        control: ControlSender,
+        data: Option<DataPool>,
+    },
     LinkMessage(LinkId, ControlMessage),
     LinkClosed(LinkId, String),
     /// Dialling failed; the text is for people.
     DialFailed(String),
     /// A frame from the peer; the permit bounds the bytes that wait here.
-    Frame { header: Bytes, payload: Bytes, permit: OwnedSemaphorePermit },
+    Frame {
+        header: Bytes,
+        payload: Bytes,
+        permit: OwnedSemaphorePermit,
+    },
     /// A read became frames.
-    Built { read: Sequence, frames: Result<Vec<OutFrame>, BuildError> },
+    Built {
+        read: Sequence,
+        frames: Result<Vec<OutFrame>, BuildError>,
+    },
     /// fdatasync of all disks after a commit.
     DisksSynced(Result<(), String>),
     /// Something is dirty, or a generation must be given up.

@@ -90,11 +90,7 @@ impl ReplicaFolder {
 }
 
 fn policy(retention: &Retention) -> Policy {
-    Policy {
-        keep_last: retention.count,
-        keep_seconds: retention.age.map_or(0, |a| a.as_secs()),
-        thin: Vec::new(),
-    }
+    Policy { keep_last: retention.count, keep_seconds: retention.age.map_or(0, |a| a.as_secs()), thin: Vec::new() }
 }
 
 fn io_error(path: &Path, error: &io::Error) -> ReplicaError {

@@ -215,7 +215,10 @@ impl GuestDisk for GateDisk {
             Gate::Serve | Gate::Hold => {}
             Gate::Remote => self.events.may_attach()?,
             Gate::Dead => {
-                return Err("this side must not serve this VM: see `watari-sidecar status` for its role and the next step".into());
+                return Err(
+                    "this side must not serve this VM: see `watari-sidecar status` for its role and the next step"
+                        .into(),
+                );
             }
         }
         self.mine.lock().unwrap_or_else(PoisonError::into_inner).insert(connection);

@@ -16,11 +16,8 @@ pub struct Hooks {
 /// Serve the hook socket until the returned server is dropped.
 pub async fn start(config: &Arc<Config>, hook: &Hook, handle: Handle) -> Result<HookServer, String> {
     let marker = hook.outside_kubernetes.then(|| config.nbd.dir.join("marker.img"));
-    let settings = HookConfig {
-        folder: hook.dir.clone(),
-        reconnect_seconds: watari_hook::RECONNECT_SECONDS_MIN,
-        marker,
-    };
+    let settings =
+        HookConfig { folder: hook.dir.clone(), reconnect_seconds: watari_hook::RECONNECT_SECONDS_MIN, marker };
     let hooks = Arc::new(Hooks { config: config.clone(), handle });
     HookServer::start(settings, hooks).await.map_err(|e| e.to_string())
 }
@@ -40,9 +37,9 @@ impl HookEngine for Hooks {
         let report = self.handle.report.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match (vmi.role(), report.role.as_str()) {
             (watari_hook::LaunchRole::Boot, "Serving") => Gate::Ready,
-            (watari_hook::LaunchRole::Boot, "Converging") => {
-                Gate::Refused("Watari has a handover open for this VM: move it, or void the handover, before it boots".into())
-            }
+            (watari_hook::LaunchRole::Boot, "Converging") => Gate::Refused(
+                "Watari has a handover open for this VM: move it, or void the handover, before it boots".into(),
+            ),
             (watari_hook::LaunchRole::Boot, role) => Gate::Refused(format!(
                 "Watari refuses to boot this VM here: this site is {role}; the VM is active at the peer, or must be promoted first"
             )),

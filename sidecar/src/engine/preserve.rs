@@ -65,9 +65,11 @@ impl PreserveStore {
     pub fn new(memory_bytes: u64, spill: Option<(&Path, u64)>) -> Self {
         let made = spill.and_then(|(path, bytes)| {
             let file = File::options().read(true).write(true).create(true).truncate(true).open(path);
-            file.inspect_err(|e| tracing::warn!(path = %path.display(), error = %e, "no spill file: preserving in memory only"))
-                .ok()
-                .map(|f| (f, bytes / BLOCK_BYTES))
+            file.inspect_err(
+                |e| tracing::warn!(path = %path.display(), error = %e, "no spill file: preserving in memory only"),
+            )
+            .ok()
+            .map(|f| (f, bytes / BLOCK_BYTES))
         });
         let memory_blocks_max = (memory_bytes / BLOCK_BYTES) as usize;
         let (file, slots_max) = made.map_or((None, 0), |(f, n)| (Some(f), n));
@@ -86,7 +88,13 @@ impl PreserveStore {
     }
 
     /// Keep the content of a block, if `claim` (called under the store's lock) says it is ours to keep.
-    pub fn keep(&self, disk: DiskIndex, block: Block, content: &[u8], claim: impl FnOnce() -> bool) -> Result<(), Full> {
+    pub fn keep(
+        &self,
+        disk: DiskIndex,
+        block: Block,
+        content: &[u8],
+        claim: impl FnOnce() -> bool,
+    ) -> Result<(), Full> {
         let mut inner = lock(&self.shared);
         if inner.memory.len() >= self.memory_blocks_max {
             return Err(Full);
@@ -240,7 +248,8 @@ mod tests {
         }
         assert_eq!(store.blocks(), kept);
         assert_eq!(store.take(DiskIndex(0), Block(7)).as_deref(), Some(&block(7)[..]));
-        let rest: Vec<_> = std::iter::from_fn(|| Some(store.take_some(50)).filter(|v| !v.is_empty())).flatten().collect();
+        let rest: Vec<_> =
+            std::iter::from_fn(|| Some(store.take_some(50)).filter(|v| !v.is_empty())).flatten().collect();
         assert_eq!(rest.len(), 199);
         assert!(rest.iter().all(|(_, b, c)| **c == block(b.0)[..]));
         assert_eq!(store.blocks(), 0);

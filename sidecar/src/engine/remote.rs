@@ -57,12 +57,8 @@ impl RemoteReads {
         if let Some(control) = inner.control.clone() {
             inner.next += 1;
             let id = inner.next;
-            let ask = ReadRequest {
-                id,
-                disk: u32::from(disk.0),
-                offset: request.offset,
-                length: request.length as u32,
-            };
+            let ask =
+                ReadRequest { id, disk: u32::from(disk.0), offset: request.offset, length: request.length as u32 };
             inner.pending.insert(id, Pending { disk, request, deadline });
             if control.send(message(Body::ReadRequest(ask))).is_ok() {
                 return;

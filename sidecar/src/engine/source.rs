@@ -529,8 +529,7 @@ impl Source {
         match result.outcome() {
             Outcome::Committed => self.primary.committed(now, generation),
             Outcome::Lacks => {
-                let missing: Vec<Sequence> =
-                    result.lacks.iter().flat_map(|r| r.first..=r.last).map(Sequence).collect();
+                let missing: Vec<Sequence> = result.lacks.iter().flat_map(|r| r.first..=r.last).map(Sequence).collect();
                 let kept = &self.kept;
                 self.primary.lacks(&self.shared.tracker, generation, &missing, &|s| kept.contains_key(&s));
             }
@@ -589,7 +588,9 @@ impl Source {
                 self.give_up();
             }
             let preserved = self.shared.preserve.blocks();
-            if self.reads >= READS_MAX && !matches!(self.primary.phase(), Phase::Committing { .. } | Phase::Forgetting { .. }) {
+            if self.reads >= READS_MAX
+                && !matches!(self.primary.phase(), Phase::Committing { .. } | Phase::Forgetting { .. })
+            {
                 break;
             }
             match self.primary.poll(now, &self.shared.tracker, preserved) {
@@ -626,7 +627,8 @@ impl Source {
         if self.primary.wants_numbers() {
             return Asked::Numbers;
         }
-        let dirty = self.shared.tracker.current_blocks() + self.shared.tracker.frozen_blocks() + preserved_now(&self.shared);
+        let dirty =
+            self.shared.tracker.current_blocks() + self.shared.tracker.frozen_blocks() + preserved_now(&self.shared);
         if self.shared.tracker.is_sealed()
             && self.shared.tracker.writes_in_flight() == 0
             && let Some(generation) = self.primary.remainder(dirty)
@@ -653,7 +655,6 @@ impl Source {
         }
     }
 
-
     fn push(&mut self, job: Job) {
         self.reads += 1;
         if let Job::Frozen { read, compare: true, .. } | Job::Current { read, compare: true } = &job {
@@ -663,7 +664,8 @@ impl Source {
     }
 
     fn send_list(&self, generation: &Generation, parent: &Generation, entries: &[Entry], root: [u8; 32], cut_at: u64) {
-        let chunks: Vec<&[Entry]> = if entries.is_empty() { vec![&[]] } else { entries.chunks(ENTRIES_PER_PART).collect() };
+        let chunks: Vec<&[Entry]> =
+            if entries.is_empty() { vec![&[]] } else { entries.chunks(ENTRIES_PER_PART).collect() };
         let count = chunks.len();
         for (i, chunk) in chunks.into_iter().enumerate() {
             let mut bytes = Vec::new();

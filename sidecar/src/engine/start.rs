@@ -126,7 +126,8 @@ pub struct Running {
 /// Start everything. `front_end`: this process serves a guest (`primary`). Needs a tokio runtime.
 pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) -> Result<Running, StartError> {
     std::fs::create_dir_all(&config.folder).map_err(io(format!("folder {}", config.folder.display())))?;
-    std::fs::create_dir_all(&config.runtime_dir).map_err(io(format!("runtime_dir {}", config.runtime_dir.display())))?;
+    std::fs::create_dir_all(&config.runtime_dir)
+        .map_err(io(format!("runtime_dir {}", config.runtime_dir.display())))?;
     let tls = Tls::load(config.tls.clone(), config.identity()).map_err(refused)?;
     let lock = take_lock(&config, front_end)?;
     let mut meta = Folder::open(&config.folder).map_err(io("folder"))?;
@@ -290,8 +291,11 @@ fn disk_sizes(config: &Config, record: Option<&RoleRecord>, front_end: bool) -> 
                         disk.path.display()
                     ))
                 })?;
-                watari_store::folder::DiskImages::create_file(&disk.path, size)
-                    .map_err(io(format!("disk {}: making {}", disk.name, disk.path.display())))?;
+                watari_store::folder::DiskImages::create_file(&disk.path, size).map_err(io(format!(
+                    "disk {}: making {}",
+                    disk.name,
+                    disk.path.display()
+                )))?;
                 size
             }
             Err(source) => {
@@ -473,7 +477,8 @@ fn serve_guest(config: &Config, disks: &Arc<Vec<GateDisk>>) -> Result<Vec<Server
         }
         let mut options = ServerConfig::new(&disk.socket);
         options.mode = config.nbd.mode;
-        let server = Server::bind(options, Arc::new(DiskExports { disks: disks.clone(), index: i })).map_err(refused)?;
+        let server =
+            Server::bind(options, Arc::new(DiskExports { disks: disks.clone(), index: i })).map_err(refused)?;
         server.serve().map_err(io(format!("disk {}", disk.name)))?;
         servers.push(server);
     }

@@ -8,10 +8,14 @@ use watari_wire::report::Report;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Intent {
     /// Make a cut; answer once its generation is committed, or after `wait`.
-    Cut { wait: Duration },
+    Cut {
+        wait: Duration,
+    },
     Configure(Settings),
     /// Source: record `HandoverOpen` for this VMI (only that QEMU may connect until Void or Released), begin Converging.
-    OpenHandover { vmi_uid: String },
+    OpenHandover {
+        vmi_uid: String,
+    },
     /// Target: ask for the right to write (QEMU was resumed here although the guest is idle).
     Acquire,
     /// Target: the migration failed and QEMU is gone here.
@@ -19,7 +23,9 @@ pub enum Intent {
     /// Target: take over a VM that does not run anywhere.
     MoveStopped,
     /// Target: failover without the source; `None` is the newest committed generation.
-    Promote { generation: Option<u64> },
+    Promote {
+        generation: Option<u64>,
+    },
     /// Fenced old source: its later writes may be overwritten (they stay readable through undo).
     AcceptDivergence,
     /// Give up the folder's lock and end.
@@ -40,7 +46,10 @@ pub struct Settings {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     Done(String),
-    Committed { epoch: u64, number: u64 },
+    Committed {
+        epoch: u64,
+        number: u64,
+    },
     /// Not finished within the wait; it goes on.
     Pending(String),
 }

@@ -19,7 +19,9 @@ use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio_stream::{Stream, StreamExt, wrappers::UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 use watari_wire::replication::{
-    ControlMessage, DataEnd, DataFrame, Hello, control_message::Body, replication_client::ReplicationClient,
+    ControlMessage, DataEnd, DataFrame, Hello,
+    control_message::Body,
+    replication_client::ReplicationClient,
     replication_server::{Replication, ReplicationServer},
 };
 
@@ -122,7 +124,11 @@ async fn pump(link: LinkId, incoming: &mut Streaming<ControlMessage>, post: &Pos
 }
 
 /// Serve until `stop` changes.
-pub async fn listen(listener: Listener, post: Post, mut stop: watch::Receiver<bool>) -> Result<(), tonic::transport::Error> {
+pub async fn listen(
+    listener: Listener,
+    post: Post,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), tonic::transport::Error> {
     let service = ReplicationServer::new(Service { post, inbox: Arc::new(Semaphore::new(INBOX_BYTES)) })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -185,8 +191,7 @@ async fn one_link(dialer: &mut Dialer, address: &str) -> Result<(), String> {
     let hello = dialer.hello.lock().unwrap_or_else(PoisonError::into_inner).clone();
     control.send(message(Body::Hello(hello))).map_err(|_| "stopping".to_owned())?;
     let mut client = limits(ReplicationClient::new(channel));
-    let mut incoming =
-        client.control(UnboundedReceiverStream::new(outgoing)).await.map_err(words)?.into_inner();
+    let mut incoming = client.control(UnboundedReceiverStream::new(outgoing)).await.map_err(words)?.into_inner();
     let hello = first_hello(&mut incoming).await.map_err(words)?;
     let broken = Arc::new(Notify::new());
     let mut streams = Vec::new();
@@ -243,7 +248,11 @@ impl DataPool {
     }
 }
 
-fn data_call(mut client: ReplicationClient<tonic::transport::Channel>, throttle: Arc<Throttle>, broken: Arc<Notify>) -> DataStream {
+fn data_call(
+    mut client: ReplicationClient<tonic::transport::Channel>,
+    throttle: Arc<Throttle>,
+    broken: Arc<Notify>,
+) -> DataStream {
     let (queue, mut frames) = mpsc::unbounded_channel::<DataFrame>();
     let (ready, outgoing) = mpsc::channel(1);
     let queued_bytes = Arc::new(AtomicU64::new(0));

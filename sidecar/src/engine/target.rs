@@ -14,12 +14,10 @@ use watari_core::{
 use watari_store::replica::{FileReplica, Zstd};
 use watari_wire::replication::{
     CommitPart, CommitResult, DigestReply, DigestRequest, Durable, SequenceRange, Superseded, TargetState,
-    commit_result::Outcome,
-    control_message::Body,
+    commit_result::Outcome, control_message::Body,
 };
 
 use super::convert;
-
 
 /// Bytes staged before they are synced although more are waiting.
 const SYNC_BYTES: u64 = 8 << 20;
@@ -235,7 +233,9 @@ impl Target {
                     text: String::new(),
                 })
             }
-            Ok(CommitAnswer::Conflict { .. }) => result(generation, Outcome::Conflict, "another generation is committed under this number"),
+            Ok(CommitAnswer::Conflict { .. }) => {
+                result(generation, Outcome::Conflict, "another generation is committed under this number")
+            }
             Err(error) if error.class() == ErrorClass::Retry => {
                 self.note("committing", &error);
                 return None;

@@ -59,9 +59,9 @@ impl Brain {
         // A cut that is open already may lie before what the caller wants in it.
         let after = match source.primary.phase() {
             Phase::Idle => source.primary.next_number().0 - 1,
-            Phase::Open { generation, .. } | Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } => {
-                generation.number.0
-            }
+            Phase::Open { generation, .. }
+            | Phase::Committing { generation, .. }
+            | Phase::Forgetting { generation, .. } => generation.number.0,
         };
         source.primary.demand_cut();
         self.cuts.push(CutWaiter { answer, deadline: Instant::now() + wait, number: None, after });
@@ -107,7 +107,10 @@ impl Brain {
         let mut handover = [0; 16];
         handover.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
         if self.parts.shared.untracked() {
-            return Self::decline(answer, "this pair is Untracked: a handover could lose writes; wait until it is Tracked");
+            return Self::decline(
+                answer,
+                "this pair is Untracked: a handover could lose writes; wait until it is Tracked",
+            );
         }
         let text = "the handover is open: converging; only this VM may connect until it is moved or voided";
         self.answer_with(handover::Event::OpenHandover { handover }, answer, text);

@@ -50,7 +50,10 @@ impl Brain {
     fn unacceptable(&self, hello: &Hello) -> Option<(&'static str, String)> {
         let record = self.parts.site.record();
         if hello.pair[..] != record.pair {
-            return Some(("OtherPair", "the peer belongs to another pair: check pair.id in both configurations".into()));
+            return Some((
+                "OtherPair",
+                "the peer belongs to another pair: check pair.id in both configurations".into(),
+            ));
         }
         if hello.site[..] == record.site {
             let text = "the peer's folder is a copy of this one: each site needs a folder of its own";
@@ -89,7 +92,8 @@ impl Brain {
             return;
         }
         let Ok(met) = convert::peer(hello) else {
-            let text = format!("the peer is in a role (number {}) that this version does not know: upgrade it", hello.role);
+            let text =
+                format!("the peer is in a role (number {}) that this version does not know: upgrade it", hello.role);
             self.conditions.set("PeerRefused", "UnknownRole", &text, "upgrade this sidecar");
             return;
         };
@@ -121,7 +125,12 @@ impl Brain {
             let fenced = hello.role == 8 || hello.role == 7;
             if fenced {
                 let text = "the peer was active before and holds writes of its own";
-                self.conditions.set("PeerFenced", "Divergence", text, "at the peer: `watari-sidecar ctl accept-divergence` lets them be overwritten");
+                self.conditions.set(
+                    "PeerFenced",
+                    "Divergence",
+                    text,
+                    "at the peer: `watari-sidecar ctl accept-divergence` lets them be overwritten",
+                );
             }
             self.parts.post_later(Duration::from_secs(1));
             return;
@@ -268,7 +277,11 @@ impl Brain {
         let active = self.parts.site.record().role.is_active_side()
             || matches!(self.parts.site.record().role, Role::Released { .. });
         match self.parts.disks.get(read.disk as usize).map(|d| d.local().file()) {
-            Some(file) if active && read.length as u64 <= limits::REMOTE_READ_BYTES_MAX && read.offset.saturating_add(u64::from(read.length)) <= file.size_bytes() => {
+            Some(file)
+                if active
+                    && read.length as u64 <= limits::REMOTE_READ_BYTES_MAX
+                    && read.offset.saturating_add(u64::from(read.length)) <= file.size_bytes() =>
+            {
                 let mut data = vec![0; read.length as usize];
                 match file.read_at(read.offset, &mut data) {
                     Ok(()) => reply.data = data.into(),

@@ -90,7 +90,8 @@ impl Brain {
         let tracker = &self.parts.shared.tracker;
         let base = primary.base();
         let cut = primary.base_cut_millis();
-        let lag_bytes = (tracker.current_blocks() + tracker.frozen_blocks() + self.parts.shared.preserve.blocks()) * BLOCK_BYTES;
+        let lag_bytes =
+            (tracker.current_blocks() + tracker.frozen_blocks() + self.parts.shared.preserve.blocks()) * BLOCK_BYTES;
         let rate = primary.window.rate_bytes_per_second();
         let (open, total) = match primary.phase() {
             Phase::Open { generation, total_blocks, .. } => (name(*generation), total_blocks * BLOCK_BYTES),
@@ -173,9 +174,15 @@ impl Brain {
 
     fn follow_conditions(&mut self) {
         let full = self.target.as_ref().map(|t| t.full.clone()).filter(|f| !f.is_empty());
-        self.conditions.follow("TargetFull", full.map(|f| ("NoRoom", f, "make room on the claim named in the message; it goes on by itself")));
+        self.conditions.follow(
+            "TargetFull",
+            full.map(|f| ("NoRoom", f, "make room on the claim named in the message; it goes on by itself")),
+        );
         let poisoned = self.target.as_ref().and_then(|t| t.poisoned.clone());
-        self.conditions.follow("ReplicaPoisoned", poisoned.map(|p| ("WriteFailed", p, "check the medium, then restart this sidecar")));
+        self.conditions.follow(
+            "ReplicaPoisoned",
+            poisoned.map(|p| ("WriteFailed", p, "check the medium, then restart this sidecar")),
+        );
         let compare = self.source.as_ref().and_then(|s| s.full_compare.clone());
         self.conditions.follow("FullCompare", compare.map(|c| ("Comparing", c.0, "nothing: it ends by itself")));
         let untracked = self.parts.shared.untracked() && self.source.is_some();
@@ -189,12 +196,15 @@ impl Brain {
         if !self.parts.site.waiting_for_grant() {
             self.conditions.clear("WaitingForGrant");
         }
-        let sealed = matches!(self.parts.site.record().role, watari_core::record::Role::Sealed { .. }) && self.link.is_none();
+        let sealed =
+            matches!(self.parts.site.record().role, watari_core::record::Role::Sealed { .. }) && self.link.is_none();
         let text = "this side is sealed for a handover and its target does not answer";
         let next = "wait for the target, or promote it at its last commit, or serve on here: `watari-sidecar ctl void`";
         self.conditions.follow("SealedWithoutTarget", sealed.then(|| ("NoLink", text.to_owned(), next)));
         let churn = self.source.as_ref().filter(|s| s.primary.counters.given_up > 0 && self.link.is_some());
-        let churn = churn.filter(|s| matches!(s.primary.phase(), Phase::Idle) && s.primary.counters.committed == self.committed_before);
+        let churn = churn.filter(|s| {
+            matches!(s.primary.phase(), Phase::Idle) && s.primary.counters.committed == self.committed_before
+        });
         let bound = self.parts.config.preserve.memory_bytes + self.parts.config.preserve.spill_bytes;
         let dirty = self.parts.shared.tracker.current_blocks() * BLOCK_BYTES;
         self.conditions.follow("ChurnExceedsPreserve", churn.map(|_| {
