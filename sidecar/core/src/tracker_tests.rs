@@ -199,3 +199,23 @@ fn under_concurrent_writers_every_generation_is_a_point_in_time() {
     bed.stop.store(true, SeqCst);
     writers.into_iter().for_each(|w| w.join().unwrap());
 }
+
+#[test]
+fn a_writer_does_not_claim_for_a_later_cut_than_its_own() {
+    // Lost without it: a writer read a block for one generation, stalled until the next cut, and then its claim took the
+    // new frozen bit with the old content (watari-sim seed 25).
+    let t = tracker(64);
+    t.finish(go(&t, D, 9, 9));
+    t.cut();
+    let slow = go(&t, D, 9, 9);
+    assert!(t.claim_frozen(D, Block(9)), "the sender was first");
+    t.close_generation();
+    t.finish(go(&t, D, 9, 9));
+    t.cut();
+    assert!(!t.claim_for(&slow, Block(9)));
+    assert!(t.overwritten(D, Block(9)), "and its mark of the new cut stays");
+    let fresh = go(&t, D, 9, 9);
+    assert!(t.claim_for(&fresh, Block(9)));
+    t.finish(slow);
+    t.finish(fresh);
+}
