@@ -290,7 +290,8 @@ impl Process {
                 }
                 a.epoch = self.site.record().epoch;
                 a.ticket = Some(ticket);
-                a.stage = if blocks.is_empty() { Stage::Disk { at: 0 } } else { Stage::Preserve { blocks, read: None } };
+                a.stage =
+                    if blocks.is_empty() { Stage::Disk { at: 0 } } else { Stage::Preserve { blocks, read: None } };
                 true
             }
             Admission::NotLogged => {

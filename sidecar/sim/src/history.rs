@@ -275,7 +275,8 @@ impl World {
 
     /// Two active sides under one counter: a person names the first.
     fn settles_divergence(&mut self) {
-        let serves = |w: &World, s: usize| w.nodes[s].process.as_ref().is_some_and(|p| matches!(p.role(), Role::Serving));
+        let serves =
+            |w: &World, s: usize| w.nodes[s].process.as_ref().is_some_and(|p| p.role().accepts_writes());
         if serves(self, 0) && serves(self, 1) && self.one_in(20) {
             let of = |w: &World, s: usize| w.nodes[s].record().map(|r| r.epoch.counter);
             if of(self, 0) == of(self, 1) {
@@ -313,7 +314,11 @@ impl World {
         }
         self.check_kept(t);
         if let Some(p) = &self.nodes[s].process {
-            assert!(p.tracker.staged_blocks() == 0, "at rest {} staged marks are left: they leak", p.tracker.staged_blocks());
+            assert!(
+                p.tracker.staged_blocks() == 0,
+                "at rest {} staged marks are left: they leak",
+                p.tracker.staged_blocks()
+            );
             assert!(p.tracker.writes_in_flight() == 0, "at rest a write is in flight for ever");
         }
     }
@@ -323,10 +328,22 @@ impl World {
         let site = |s: usize| {
             let Some(p) = &self.nodes[s].process else { return format!("site {s}: no process") };
             let source = p.source.as_ref().map(|x| {
-                format!("source {:?} base {} linked {} jobs {}", x.primary.phase(), x.primary.base(), x.primary.linked(), p.source_jobs())
+                format!(
+                    "source {:?} base {} linked {} jobs {}",
+                    x.primary.phase(),
+                    x.primary.base(),
+                    x.primary.linked(),
+                    p.source_jobs()
+                )
             });
             let target = p.target.as_ref().map(|t| {
-                format!("target committed {} applied {} full {} poisoned {:?}", t.committed(), t.applied(), t.full(), t.store.poisoned())
+                format!(
+                    "target committed {} applied {} full {} poisoned {:?}",
+                    t.committed(),
+                    t.applied(),
+                    t.full(),
+                    t.store.poisoned()
+                )
             });
             format!(
                 "site {s}: {:?} epoch {} floor {} gate {:?} link {:?} dirty {}+{} {source:?} {target:?} requests {:?} refusals {:?}",

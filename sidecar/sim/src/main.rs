@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Soak { seeds, first, minutes, threads, failures, tries } => {
             soak(first, seeds, minutes, threads, failures, tries)
-        },
+        }
         Command::Replay { seed, without, shrink } => replay(seed, &history::parse_ranges(&without), shrink),
     }
 }

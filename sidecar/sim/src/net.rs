@@ -98,12 +98,17 @@ impl std::fmt::Display for Body {
             Body::Digests { id, digests } => write!(f, "Digests {id}: {} blocks", digests.len()),
             Body::List { generation, parent, entries, .. } => {
                 write!(f, "List {generation} after {parent}:")?;
-                entries.iter().try_for_each(|e| write!(f, " {}{}", e.sequence.0, if e.excluded.is_empty() { "" } else { "*" }))
+                entries
+                    .iter()
+                    .try_for_each(|e| write!(f, " {}{}", e.sequence.0, if e.excluded.is_empty() { "" } else { "*" }))
             }
             Body::Hello(h) => {
                 let Hello { peer, takes_frames, committed, staged, virgin, .. } = &**h;
                 let (epoch, floor, role) = (peer.epoch.counter, peer.floor, peer.role);
-                write!(f, "Hello {role:?} epoch {epoch} floor {floor} takes {takes_frames} committed {committed} staged {staged:?} virgin {virgin}")
+                write!(
+                    f,
+                    "Hello {role:?} epoch {epoch} floor {floor} takes {takes_frames} committed {committed} staged {staged:?} virgin {virgin}"
+                )
             }
             Body::Durable { sequences, .. } => write!(f, "Durable {sequences:?}"),
             other => write!(f, "{other:?}"),

@@ -96,7 +96,8 @@ impl Node {
     /// The durable role record, if there is one.
     fn read_record(&self) -> Option<(SlotFile, RoleRecord)> {
         let meta = self.medium.folder("meta");
-        let found = SlotFile::open(&meta, ROLE_NAME, ROLE_MAGIC, 1).expect("a role record is never damaged by a crash")?;
+        let found =
+            SlotFile::open(&meta, ROLE_NAME, ROLE_MAGIC, 1).expect("a role record is never damaged by a crash")?;
         let record = RoleRecord::decode(&found.1.bytes).expect("a role record decodes");
         Some((found.0, record))
     }
@@ -163,7 +164,8 @@ impl Node {
         let log: BTreeSet<Region> = if !source {
             BTreeSet::new()
         } else if record.starts == 1 {
-            let all = |(d, n): (usize, &u64)| (0..n.div_ceil(REGION_BLOCKS)).map(move |r| (d as u16, r)).collect::<Vec<_>>();
+            let all =
+                |(d, n): (usize, &u64)| (0..n.div_ceil(REGION_BLOCKS)).map(move |r| (d as u16, r)).collect::<Vec<_>>();
             blocks.iter().enumerate().flat_map(all).collect()
         } else if survived.is_some() {
             ctx.cov.hit("start: marks survived in mapped memory");

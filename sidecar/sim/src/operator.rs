@@ -244,7 +244,11 @@ impl World {
         }
         let older = self.ctx.rng.one_in(2);
         let which = if older { self.ctx.rng.below(kept.len() as u64) as usize } else { 0 };
-        self.ctx.cov.hit(if which > 0 { "promoted to an older generation" } else { "promoted to the newest generation" });
+        self.ctx.cov.hit(if which > 0 {
+            "promoted to an older generation"
+        } else {
+            "promoted to the newest generation"
+        });
         if self.qemus[s].as_ref().is_some_and(|q| q.connected) {
             self.ctx.cov.hit("promoted while a QEMU is attached");
         }

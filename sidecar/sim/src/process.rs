@@ -280,7 +280,10 @@ impl Process {
                 self.target = Some(target);
             }
             Err(error) => {
-                assert!(self.medium.is_off() || error.class() == watari_core::replica::ErrorClass::Retry, "the replica cannot be opened: {error}");
+                assert!(
+                    self.medium.is_off() || error.class() == watari_core::replica::ErrorClass::Retry,
+                    "the replica cannot be opened: {error}"
+                );
                 self.failed(ctx, "opening the replica", &error.to_string());
             }
         }
@@ -422,7 +425,9 @@ impl Process {
             Body::Handover(m) => {
                 match m {
                     Message::QemuLeft { .. } => self.source_left = true,
-                    Message::Void { .. } | Message::Voided { .. } | Message::Activated { .. } => self.source_left = false,
+                    Message::Void { .. } | Message::Voided { .. } | Message::Activated { .. } => {
+                        self.source_left = false
+                    }
                     Message::Open { .. }
                     | Message::Attached { .. }
                     | Message::Acquire { .. }

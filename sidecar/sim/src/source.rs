@@ -62,6 +62,8 @@ pub struct Source {
     wire: Option<WireId>,
     /// The peer's folder at the last contact of this session.
     known_site: Option<watari_core::record::Id>,
+    /// Generations whose lists were sent in this session.
+    listed: BTreeSet<Generation>,
     /// Generations given up so far, as last looked at.
     given_up: u64,
     jobs: Vec<Job>,
@@ -91,6 +93,7 @@ impl Source {
             compare: BTreeSet::new(),
             wire: None,
             known_site: None,
+            listed: BTreeSet::new(),
             given_up: 0,
             jobs: Vec::new(),
             syncing: false,
@@ -194,7 +197,9 @@ impl Process {
         let awaited = matches!(source.primary.phase(), Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } if *generation == hello.committed);
         source.remainder_told = None;
         source.wire = self.link.map(|l| l.wire);
-        if known && hello.committed.number >= base.number {
+        // Only what we offered in this session may be there without a comparison: the same folder may have been active
+        // by itself meanwhile.
+        if known && (hello.committed == base || awaited || source.listed.contains(&hello.committed)) {
             if hello.committed != base && !awaited {
                 ctx.cov.hit("rebase: a commit whose word was lost");
                 source.primary.rebase(hello.committed);
@@ -332,6 +337,7 @@ impl Process {
                 if list.entries.iter().any(|e| !e.excluded.is_empty()) {
                     ctx.cov.hit("a commit list excludes blocks");
                 }
+                source.listed.insert(list.generation);
                 let (generation, parent, entries, root) = (list.generation, list.parent, list.entries, list.root);
                 self.send(ctx, Body::List { generation, parent, entries, root });
             }
@@ -430,7 +436,8 @@ impl Process {
 
     /// One step of one reader; `false`: it waits.
     pub fn job_step(&mut self, ctx: &mut Ctx, which: usize) -> bool {
-        let Some(mut job) = self.source.as_mut().filter(|s| which < s.jobs.len()).map(|s| s.jobs.swap_remove(which)) else {
+        let Some(mut job) = self.source.as_mut().filter(|s| which < s.jobs.len()).map(|s| s.jobs.swap_remove(which))
+        else {
             return false;
         };
         let did = self.work(ctx, &mut job);
@@ -556,7 +563,8 @@ impl Process {
                 data.push((*block, content));
             }
         }
-        let joined = |pieces: &[(Block, &Vec<u8>)]| pieces.iter().flat_map(|(_, c)| c.iter().copied()).collect::<Vec<u8>>();
+        let joined =
+            |pieces: &[(Block, &Vec<u8>)]| pieces.iter().flat_map(|(_, c)| c.iter().copied()).collect::<Vec<u8>>();
         let mut frames = Vec::new();
         if !data.is_empty() {
             let content = joined(&data);
@@ -578,7 +586,10 @@ impl Process {
             frames.push(OutFrame { header, payload: Vec::new() });
         }
         ctx.note(|| {
-            let all: Vec<String> = frames.iter().map(|f| format!("{} {:?} {:?}", f.header.sequence.0, f.header.kind, f.header.extents)).collect();
+            let all: Vec<String> = frames
+                .iter()
+                .map(|f| format!("{} {:?} {:?}", f.header.sequence.0, f.header.kind, f.header.extents))
+                .collect();
             format!("    frames: {}", all.join("; "))
         });
         let headers: Vec<_> = frames.iter().map(|f| f.header.clone()).collect();

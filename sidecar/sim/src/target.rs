@@ -148,7 +148,10 @@ impl Target {
     pub fn check_promises(&self, ctx: &mut Ctx, site: usize) {
         if let Some(promised) = ctx.truth.promised[site] {
             let found = self.committed();
-            assert!(found >= promised, "I4: {promised} was acknowledged as committed, {found} is the newest after a start");
+            assert!(
+                found >= promised,
+                "I4: {promised} was acknowledged as committed, {found} is the newest after a start"
+            );
         }
     }
 
@@ -171,9 +174,10 @@ impl Target {
     pub fn begin_session(&mut self, ctx: &mut Ctx, session: u64, epoch: u64) {
         self.waiting = None;
         self.session = session;
-        let outcome = self.store.set_session(Session(session)).and_then(|()| {
-            if self.store.manifest().floor < epoch { self.store.raise_floor(epoch) } else { Ok(()) }
-        });
+        let outcome = self
+            .store
+            .set_session(Session(session))
+            .and_then(|()| if self.store.manifest().floor < epoch { self.store.raise_floor(epoch) } else { Ok(()) });
         self.note(ctx, outcome.map_err(|e| e.to_string()));
     }
 

@@ -167,7 +167,11 @@ impl World {
     fn check_fences(&self) {
         for n in &self.nodes {
             let fenced = n.process.as_ref().is_some_and(|p| matches!(p.role(), Role::Fenced { .. }));
-            assert!(!fenced || !self.ctx.truth.unfenced.is_empty(), "site {} is fenced and nobody was ever promoted", n.index);
+            assert!(
+                !fenced || !self.ctx.truth.unfenced.is_empty(),
+                "site {} is fenced and nobody was ever promoted",
+                n.index
+            );
         }
     }
 
@@ -181,8 +185,15 @@ impl World {
         if let (Some(a), Some(b)) = (serving(&self.nodes[0]), serving(&self.nodes[1])) {
             assert!(a != b, "I6: both sides serve in epoch {a:?}");
             let higher = a.counter.max(b.counter);
-            self.ctx.cov.hit(if a.counter == b.counter { "diverged: two sides serve under one counter" } else { "two sides serve in two epochs" });
-            assert!(self.ctx.truth.unfenced.contains(&higher), "I6: both sides serve ({a:?} and {b:?}) and no person decided so");
+            self.ctx.cov.hit(if a.counter == b.counter {
+                "diverged: two sides serve under one counter"
+            } else {
+                "two sides serve in two epochs"
+            });
+            assert!(
+                self.ctx.truth.unfenced.contains(&higher),
+                "I6: both sides serve ({a:?} and {b:?}) and no person decided so"
+            );
         }
     }
 
@@ -255,7 +266,8 @@ impl World {
         if q.outstanding.len() >= 8 {
             return false;
         }
-        let overlaps = |spec: &Spec| spec.disk == disk && spec.sector < sector + n && sector < spec.sector + spec.sectors();
+        let overlaps =
+            |spec: &Spec| spec.disk == disk && spec.sector < sector + n && sector < spec.sector + spec.sectors();
         let id = self.ctx.truth.write_id();
         let ask = match kind {
             0..=5 => Ask::Write((sector..sector + n).map(|at| word(id, disk, at)).collect()),
