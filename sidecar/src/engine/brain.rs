@@ -257,7 +257,7 @@ impl Brain {
             Event::LinkOpened { link, peer, hello, control, data } => {
                 self.link_opened(link, peer, &hello, control, data)
             }
-            Event::LinkMessage(link, m) => self.link_message(link, m),
+            Event::LinkMessage(link, m) => self.link_message(link, *m),
             Event::LinkClosed(link, reason) => self.link_closed(link, &reason),
             Event::DialFailed(reason) => self.last_link_error = reason,
             Event::Frame { header, payload, permit } => self.frames.push_back((header, payload, permit)),

@@ -34,7 +34,7 @@ pub enum Event {
         control: ControlSender,
         data: Option<DataPool>,
     },
-    LinkMessage(LinkId, ControlMessage),
+    LinkMessage(LinkId, Box<ControlMessage>),
     LinkClosed(LinkId, String),
     /// Dialling failed; the text is for people.
     DialFailed(String),

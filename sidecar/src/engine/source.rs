@@ -116,30 +116,52 @@ enum Job {
     Preserved { read: Read },
 }
 
+/// Jobs that wait for a reader thread.
+#[derive(Default)]
+struct Queue {
+    state: Mutex<QueueState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct QueueState {
+    jobs: VecDeque<(Job, Naming)>,
+    closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> std::sync::MutexGuard<'_, QueueState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wait for the next job; `None` at the end.
+    fn next(&self) -> Option<(Job, Naming)> {
+        let mut state = self.lock();
+        loop {
+            if state.closed {
+                return None;
+            }
+            match state.jobs.pop_front() {
+                Some(job) => return Some(job),
+                None => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
 /// Reader threads and their queue.
 struct Readers {
-    queue: Arc<(Mutex<(VecDeque<(Job, Naming)>, bool)>, Condvar)>,
+    queue: Arc<Queue>,
 }
 
 impl Readers {
     fn start(shared: &Arc<Shared>, disks: &Arc<Vec<GateDisk>>, digests: &Arc<DigestBook>, post: &Post) -> Self {
-        let queue: Arc<(Mutex<(VecDeque<(Job, Naming)>, bool)>, Condvar)> = Arc::default();
+        let queue: Arc<Queue> = Arc::default();
         for n in 0..READERS {
             let (queue, shared, disks) = (queue.clone(), shared.clone(), disks.clone());
             let (digests, post) = (digests.clone(), post.clone());
             let work = move || {
-                loop {
-                    let mut state = queue.0.lock().unwrap_or_else(PoisonError::into_inner);
-                    let (job, naming) = loop {
-                        if state.1 {
-                            return;
-                        }
-                        match state.0.pop_front() {
-                            Some(job) => break job,
-                            None => state = queue.1.wait(state).unwrap_or_else(PoisonError::into_inner),
-                        }
-                    };
-                    drop(state);
+                while let Some((job, naming)) = queue.next() {
                     let (read, frames) = run(&shared, &disks, &digests, job, naming);
                     post(Event::Built { read, frames });
                 }
@@ -151,15 +173,15 @@ impl Readers {
     }
 
     fn push(&self, job: Job, naming: Naming) {
-        self.queue.0.lock().unwrap_or_else(PoisonError::into_inner).0.push_back((job, naming));
-        self.queue.1.notify_one();
+        self.queue.lock().jobs.push_back((job, naming));
+        self.queue.changed.notify_one();
     }
 }
 
 impl Drop for Readers {
     fn drop(&mut self) {
-        self.queue.0.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
-        self.queue.1.notify_all();
+        self.queue.lock().closed = true;
+        self.queue.changed.notify_all();
     }
 }
 

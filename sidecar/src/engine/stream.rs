@@ -116,7 +116,7 @@ async fn first_hello(incoming: &mut Streaming<ControlMessage>) -> Result<Hello, 
 async fn pump(link: LinkId, incoming: &mut Streaming<ControlMessage>, post: &Post) -> String {
     loop {
         match incoming.message().await {
-            Ok(Some(message)) => post(Event::LinkMessage(link, message)),
+            Ok(Some(message)) => post(Event::LinkMessage(link, Box::new(message))),
             Ok(None) => return "the peer closed the connection".into(),
             Err(status) => return tls::explain(&status).unwrap_or_else(|| status.message().to_owned()),
         }
