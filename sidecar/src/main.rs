@@ -18,6 +18,7 @@ use watari_sidecar::{
     engine::steering::{Intent, Settings},
     inspect, logging, pki, status,
     supervisor::{self, Worker},
+    tls::Tls,
     worker,
 };
 
@@ -63,8 +64,8 @@ fn serve(run: &Run, start: Start) -> ExitCode {
         Ok(config) => config,
         Err(error) => return refused(&error.into()),
     };
-    if let Err(error) = world::check(&config, start) {
-        return refused(&error.into());
+    if let Err(error) = preflight(&config, start, run) {
+        return refused(&error);
     }
     if run.check {
         return match print(&summary(&config, start)) {
@@ -84,7 +85,24 @@ fn serve(run: &Run, start: Start) -> ExitCode {
     }
 }
 
+/// Everything that can be refused before any file is touched.
+fn preflight(config: &Config, start: Start, run: &Run) -> anyhow::Result<()> {
+    world::check(config, start)?;
+    let tls = Tls::load(config.tls.clone(), config.identity())?;
+    if !run.worker.worker {
+        // A worker that follows a crashed one must not be held up by what its connections left behind.
+        world::check_listen(config)?;
+        let left = tls.status().not_after_unix_seconds - jiff::Timestamp::now().as_second();
+        if left < 0 {
+            tracing::warn!(certificate = %config.tls.certificate.display(), "the certificate is expired: the peer will refuse it; renew it");
+        }
+    }
+    Ok(())
+}
+
 fn work(config: Config, run: &Run, start: Start) -> ExitCode {
+    // The program was started through /proc, and would be shown as `exe`. A name is all that is lost if this fails.
+    let _ = rustix::thread::set_name(c"watari-worker");
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("watari").build() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&anyhow::Error::new(error).context("cannot start the runtime")),

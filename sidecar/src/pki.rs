@@ -160,11 +160,12 @@ pub fn renew(out: &Path, site: &SiteName, days: u32) -> Result<String, PkiError>
 }
 
 fn instructions(out: &Path, sites: &[SiteName], pair: PairId, days: u32) -> String {
-    let mut text = format!("Pair {pair}\n\n");
+    let mut text =
+        format!("Pair {pair}\n\n1. Copy each site's folder to its host, and name the files in its configuration:\n\n");
     for site in sites {
         let folder = out.join(site.as_str());
         text.push_str(&format!(
-            "1. Copy {folder}/ to the host of site {site}, and name its files there:\n\n\
+            "   {folder}/ to the host of {site}:\n\n\
              \x20    site = \"{site}\"\n\
              \x20    [pair]\n\
              \x20    id = \"{pair}\"\n\

@@ -70,6 +70,58 @@ fn a_refused_configuration_ends_with_exit_code_2_and_touches_nothing() {
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing was made");
 }
 
+/// Each is refused by the real binary, by field, with exit code 2, before a file is made.
+#[test]
+fn bad_input_of_the_world_is_refused_by_field_and_touches_no_file() {
+    use support::{Folder, OTHER_PAIR, authority, identity};
+    use watari_sidecar::pki::Validity;
+    let ca = authority("both");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken_text = taken.local_addr().unwrap().to_string();
+    let cases: Vec<(&str, Folder, Vec<&str>)> = vec![
+        (
+            "size = \"1MiB\"",
+            Folder::new(&ca, &ca, identity(PAIR, "tokyo"), Validity::days(1)),
+            vec!["`listen`", "in use"],
+        ),
+        (
+            "size = \"2MiB\"",
+            Folder::new(&ca, &ca, identity(PAIR, "tokyo"), Validity::days(1)),
+            vec!["`disk[0].size`", "found 2MiB, larger than the 1MiB of"],
+        ),
+        (
+            "size = \"1MiB\"",
+            Folder::new(&ca, &ca, identity(OTHER_PAIR, "tokyo"), Validity::days(1)),
+            vec!["`tls.certificate`", OTHER_PAIR, PAIR],
+        ),
+        (
+            "size = \"1MiB\"\nsise = 1",
+            Folder::new(&ca, &ca, identity(PAIR, "tokyo"), Validity::days(1)),
+            vec!["unknown field `sise`", "`socket`", "config.toml:12"],
+        ),
+    ];
+    for (size, folder, parts) in cases {
+        let text = config_text(folder.dir.path()).replace("size = \"1MiB\"", size);
+        fs::write(folder.path("config.toml"), text.replace("127.0.0.1:0", &taken_text)).unwrap();
+        fs::write(folder.path("root.img"), vec![0; 1 << 20]).unwrap();
+        let files = || {
+            let mut names: Vec<_> =
+                fs::read_dir(folder.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        let before = files();
+        for more in [vec![], vec!["--no-supervisor"]] {
+            let config = folder.path("config.toml");
+            let output = run(&[vec!["primary", "--config", config.to_str().unwrap()], more].concat());
+            let words = said(&output);
+            assert_eq!(output.status.code(), Some(2), "{words}");
+            assert!(parts.iter().all(|part| words.contains(part)), "{parts:?}: {words}");
+        }
+        assert_eq!(files(), before);
+    }
+}
+
 #[test]
 fn certificates_made_by_hand_pass_the_check_of_both_sites() {
     let folder = tempfile::tempdir().unwrap();

@@ -223,6 +223,27 @@ fn as_first_process_of_a_container_it_reaps_orphans() {
 }
 
 #[test]
+fn with_json_logs_every_line_is_an_object_and_a_crash_is_one_of_them() {
+    let supervised = Supervised::start("exec sleep 600");
+    supervised.started(1);
+    let script = supervised.path("crashes-once");
+    fs::write(&script, "#!/bin/sh\n[ -e \"$0.done\" ] && exit 0\ntouch \"$0.done\"\nkill -9 $$\n").unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_watari-sidecar"))
+        .args(["primary", "--log-format", "json", "--config"])
+        .arg(supervised.path("config.toml"))
+        .arg("--fake-worker")
+        .arg(&script)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let crash = lines.iter().find(|line| line["ended"] == "signal 9").unwrap_or_else(|| panic!("{text}"));
+    assert_eq!((&crash["level"], &crash["crashes"]), (&"ERROR".into(), &1.into()));
+}
+
+#[test]
 fn a_bad_configuration_starts_no_worker_at_all() {
     let supervised = Supervised::start("exec sleep 600");
     supervised.started(1);

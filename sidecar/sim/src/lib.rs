@@ -14,6 +14,7 @@ pub mod net;
 pub mod node;
 pub mod operator;
 pub mod process;
+pub mod rights;
 pub mod source;
 pub mod target;
 pub mod truth;

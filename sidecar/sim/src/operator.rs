@@ -282,7 +282,7 @@ impl World {
         let dead = self.qemus[s].as_ref().is_some_and(|q| q.condemned);
         let stale = self.moving.is_none()
             && self.qemus[s].as_ref().is_some_and(|q| !q.running || q.incoming)
-            && !matches!(self.role(s), None);
+            && self.role(s).is_some();
         if !dead && !stale {
             return false;
         }

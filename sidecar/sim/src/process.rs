@@ -540,7 +540,7 @@ impl Process {
 }
 
 /// How the record looks to the peer (engine/convert.rs).
-fn peer_of(record: &RoleRecord, generation: Generation) -> Peer {
+pub fn peer_of(record: &RoleRecord, generation: Generation) -> Peer {
     let role = match record.role {
         Role::Serving => PeerRole::Active { handover: None },
         Role::HandoverOpen { handover } => PeerRole::Active { handover: Some(handover) },

@@ -239,13 +239,13 @@ impl Process {
                     self.compare_everything(ctx, "the target refused a commit");
                 }
             },
-            Body::Durable { session, sequences } => {
-                if session == source.session.0 {
-                    sequences.iter().for_each(|s| source.primary.durable(ctx.now, *s, *s));
-                    let primary = &source.primary;
-                    source.kept.retain(|s, _| primary.needs_payload(*s));
-                }
+            Body::Durable { session, sequences } if session == source.session.0 => {
+                sequences.iter().for_each(|s| source.primary.durable(ctx.now, *s, *s));
+                let primary = &source.primary;
+                source.kept.retain(|s, _| primary.needs_payload(*s));
             }
+            // Of a former session of ours.
+            Body::Durable { .. } => {}
             Body::Digests { id, digests } => {
                 for job in &mut source.jobs {
                     if let Some((_, extent)) = job.asked.filter(|(asked, _)| *asked == id) {

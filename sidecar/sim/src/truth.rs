@@ -138,11 +138,12 @@ impl Truth {
 
     /// A former active side's disks become a replica under this name. A fenced side's are a generation of their own.
     pub fn adopted(&mut self, generation: Generation, found: Disks) {
-        if self.generations.contains_key(&generation) {
-            self.check_generation(generation, &found, "disks that become a replica");
-        } else {
-            self.generations.insert(generation, GenTruth { content: found, in_flight: BTreeMap::new(), fixed: true });
+        use std::collections::btree_map::Entry;
+        if let Entry::Vacant(new) = self.generations.entry(generation) {
+            new.insert(GenTruth { content: found, in_flight: BTreeMap::new(), fixed: true });
+            return;
         }
+        self.check_generation(generation, &found, "disks that become a replica");
     }
 
     /// The content of a generation that is fixed.

@@ -1,7 +1,7 @@
 //! Looks at the paths that a configuration names, before anything is started. Opens nothing for writing and makes
 //! nothing: a refusal here has touched no file.
 
-use std::{fs, io, os::unix::fs::FileTypeExt, path::Path};
+use std::{fs, io, net::TcpListener, os::unix::fs::FileTypeExt, path::Path};
 
 use super::{Config, ConfigError, Disk, Refusal, units};
 
@@ -49,6 +49,27 @@ pub fn check(config: &Config, start: Start) -> Result<(), ConfigError> {
         }
     }
     if refusals.is_empty() { Ok(()) } else { Err(ConfigError::Refused(refusals)) }
+}
+
+/// Whether the peer could dial in: refuses an address that another process has, before a start makes any file. Nothing stays
+/// bound; the worker binds for good, and refuses by the same words should somebody be quicker.
+pub fn check_listen(config: &Config) -> Result<(), ConfigError> {
+    let Err(error) = TcpListener::bind(config.listen) else { return Ok(()) };
+    let (found, remedy) = match error.kind() {
+        io::ErrorKind::AddrInUse => ("in use", "end the process that listens there, or choose another port"),
+        io::ErrorKind::AddrNotAvailable => {
+            ("no address of this machine", "choose one that an interface has, or 0.0.0.0")
+        }
+        io::ErrorKind::PermissionDenied => ("not allowed", "choose a port from 1024 on"),
+        _ => ("not usable", "choose another address or port"),
+    };
+    Err(ConfigError::Refused(vec![Refusal {
+        place: config.file.display().to_string(),
+        field: "listen".to_owned(),
+        found: format!("{}, {found} ({error})", config.listen),
+        expected: "a free address and port".to_owned(),
+        remedy: remedy.to_owned(),
+    }]))
 }
 
 type Objection = (&'static str, String, &'static str, &'static str);

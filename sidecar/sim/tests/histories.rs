@@ -1,0 +1,70 @@
+//! Short budget of the deterministic simulator; `watari-sim soak` goes on. A failing seed prints the command that
+//! replays it.
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use watari_sim::{coverage::REQUIRED, history};
+
+/// Wall clock that the budget may take.
+const BUDGET: Duration = Duration::from_secs(45);
+/// Histories at least, however slow the machine.
+const HISTORIES_MIN: u64 = 400;
+
+#[test]
+fn random_histories_keep_every_invariant_and_come_to_rest() {
+    let seeds = AtomicU64::new(1_000_000);
+    let total = Mutex::new(history::Outcome::default());
+    let failed = Mutex::new(Vec::new());
+    let (ran, began) = (AtomicU64::new(0), Instant::now());
+    std::panic::set_hook(Box::new(|_| {}));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while (began.elapsed() < BUDGET || ran.load(SeqCst) < HISTORIES_MIN) && failed.lock().unwrap().is_empty() {
+                    let seed = seeds.fetch_add(1, SeqCst);
+                    match history::attempt(seed, &BTreeSet::new()) {
+                        Ok(outcome) => {
+                            assert!(outcome.events >= 200, "seed {seed} is too short: {} events", outcome.events);
+                            let mut total = total.lock().unwrap();
+                            total.coverage.add(&outcome.coverage);
+                            (total.events, total.faults) = (total.events + outcome.events, total.faults + outcome.faults);
+                        }
+                        Err(what) => failed.lock().unwrap().push(history::shrink(seed, &what, 100)),
+                    }
+                    ran.fetch_add(1, SeqCst);
+                }
+            });
+        }
+    });
+    let _ = std::panic::take_hook();
+    let total = total.into_inner().unwrap();
+    let (ran, seconds) = (ran.into_inner(), began.elapsed().as_secs_f64());
+    println!("{ran} histories, {} events, {} faults in {seconds:.0} s", total.events, total.faults);
+    if let Some(failure) = failed.into_inner().unwrap().first() {
+        panic!("{}\nreplay: {}", failure.what, failure.command());
+    }
+    let missing = total.coverage.missing(REQUIRED);
+    assert!(missing.is_empty(), "never reached: {missing:#?}\n{}", total.coverage.table());
+}
+
+#[test]
+fn a_seed_is_one_history() {
+    let none = BTreeSet::new();
+    let (a, b) = (history::run(4, &none, false), history::run(4, &none, false));
+    assert_eq!(a.coverage.table(), b.coverage.table());
+    assert_eq!(a.events, b.events);
+}
+
+#[test]
+fn ranges_are_read_as_they_are_written() {
+    let set = BTreeSet::from([1, 2, 3, 7, 9, 10]);
+    assert_eq!(history::ranges(&set), "1-3,7,9-10");
+    assert_eq!(history::parse_ranges("1-3,7,9-10"), set);
+}
