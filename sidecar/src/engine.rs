@@ -3,6 +3,7 @@
 //! - `start`: from a configuration to a running worker.
 //! - `brain`: the one loop that owns role, link and duty; `source` and `target` are the two duties.
 //! - `gate`, `tracking`, `preserve`, `remote`: what a guest's request meets.
+//! - `generations`: what a replica keeps, read-only over NBD.
 //! - `build`: from blocks to frames. `stream`: gRPC. `convert`: core types and wire types.
 //! - `steering`: how the outside asks and looks; [`handle`] is its implementation.
 
@@ -14,6 +15,7 @@ mod convert;
 pub mod event;
 pub mod folder;
 pub mod gate;
+pub mod generations;
 pub mod handle;
 pub mod hooking;
 pub mod preserve;

@@ -644,6 +644,17 @@ impl Primary {
             self.demanded = false;
             return Step::Wait { until_millis: u64::MAX };
         }
+        if clean
+            && !self.demanded
+            && now >= self.next_cut_millis
+            && self.base != Generation::default()
+            && !writing(tracker)
+        {
+            // Nothing was written: the base *is* this point in time. An empty generation would only push real ones out
+            // of the target's history.
+            self.base_cut_millis = now;
+            self.next_cut_millis = now + self.limits.interval_millis;
+        }
         let busy_at =
             self.next_cut_millis.saturating_sub(self.limits.interval_millis) + limits::CONVERGING_PAUSE_MILLIS;
         let until = if self.converging && !clean { busy_at.min(self.next_cut_millis) } else { self.next_cut_millis };
@@ -751,6 +762,11 @@ impl Primary {
         entries.reverse();
         CommitList::new(generation, self.base, entries)
     }
+}
+
+/// A write is between its admission and the disk. (Its mark came first; this also covers one that was admitted just now.)
+fn writing<M: Maps>(tracker: &Tracker<M>) -> bool {
+    tracker.writes_in_flight() > 0 || tracker.current_blocks() > 0
 }
 
 fn after(extents: &[Extent]) -> Block {

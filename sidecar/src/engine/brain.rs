@@ -40,6 +40,7 @@ use super::{
     event::{Answer, ControlSender, Event, LinkId},
     folder::ReplicaFolder,
     gate::{Connections, GateDisk},
+    generations::Generations,
     remote::RemoteReads,
     source::{Asked, Begin, Source},
     steering::{Declined, Outcome},
@@ -118,6 +119,7 @@ pub struct Parts {
     pub remote: Arc<RemoteReads>,
     pub signals: Arc<Signals>,
     pub replica: ReplicaFolder,
+    pub generations: Arc<Generations>,
     pub hello: Arc<Mutex<Hello>>,
     pub dial: watch::Sender<bool>,
     pub throttle: Arc<Throttle>,
@@ -407,7 +409,7 @@ impl Brain {
 
     /// `base`: a fresh beginning at this generation (handover, promotion); `None`: a start of the process.
     fn become_source(&mut self, base: Option<Generation>, baseline: Baseline) {
-        self.target = None;
+        self.set_target(None);
         self.frames.clear();
         self.parts.shared.tracker.unseal();
         if base.is_some() {
@@ -445,6 +447,12 @@ impl Brain {
         self.source = Some(source);
     }
 
+    /// Those who read kept generations see the same store, and none when there is none.
+    fn set_target(&mut self, target: Option<Target>) {
+        self.parts.generations.set(target.as_ref().map(|t| t.store.clone()));
+        self.target = target;
+    }
+
     fn become_replica(&mut self, generation: Generation) {
         self.source = None;
         self.parts.shared.preserve.clear();
@@ -455,7 +463,7 @@ impl Brain {
         });
         match adopted {
             Ok(store) => {
-                self.target = Some(Target::new(store));
+                self.set_target(Some(Target::new(store)));
                 self.parts.shared.tracker.clear_all();
                 self.apply(handover::Event::Adopted);
             }
@@ -471,7 +479,7 @@ impl Brain {
     fn open_target(&mut self) {
         match self.parts.replica.open_or_create() {
             Ok(store) => {
-                self.target = Some(Target::new(store));
+                self.set_target(Some(Target::new(store)));
                 self.conditions.clear("ReplicaFailed");
             }
             Err(error) => {
@@ -491,7 +499,7 @@ impl Brain {
         let Some(target) = &mut self.target else { return };
         let rolled = (|| {
             if target.committed() != generation {
-                target.store.promote_to(generation)?;
+                target.store.lock().promote_to(generation)?;
             }
             target.finish_applying()
         })();

@@ -32,6 +32,10 @@ impl Conditions {
         );
     }
 
+    pub fn holds(&self, kind: &str) -> bool {
+        self.0.contains_key(kind)
+    }
+
     pub fn clear(&mut self, kind: &str) {
         if self.0.remove(kind).is_some() {
             tracing::info!(condition = kind, "condition ended");

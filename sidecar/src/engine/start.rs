@@ -39,6 +39,7 @@ use super::{
     event::Event,
     folder::{ROLE_MAGIC, ROLE_NAME, ROLE_VERSION, ReplicaFolder},
     gate::{Connections, GateDisk, GuestEvents, finish},
+    generations::Generations,
     preserve::PreserveStore,
     remote::RemoteReads,
     stream::{self, Dialer, Post},
@@ -53,6 +54,9 @@ use crate::{
 
 /// How long a new owner waits for the folder of one that is leaving (a replica Pod and the target's virt-launcher Pod).
 const LOCK_WAIT: Duration = Duration::from_secs(60);
+
+/// Where a replica's kept generations are served, in `nbd.dir`.
+pub const GENERATIONS_SOCKET: &str = "generations.sock";
 
 /// Why a worker does not start. Nothing of the VM was touched.
 #[derive(Debug, thiserror::Error)]
@@ -185,6 +189,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
     let disks = Arc::new(disks);
     remote.set_disks(disks.clone());
 
+    let generations = Arc::new(Generations::new(config.disks.iter().map(|d| d.name.clone()).collect()));
     let limit = config.bandwidth.limit_at((unix_millis() / 1000) as i64);
     let throttle = Arc::new(Throttle::new(limit));
     let hello: Arc<Mutex<Hello>> = Arc::default();
@@ -192,6 +197,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
     let (dial, wanted) = watch::channel(false);
     let parts = Parts {
         replica: ReplicaFolder::new(&config, &sizes),
+        generations: generations.clone(),
         config: config.clone(),
         inbox,
         post: post.clone(),
@@ -215,7 +221,8 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
     // The listener first: a port in use is a refusal, not a surprise later.
     let listener = Listener::bind(config.listen, tls.clone()).await.map_err(refused)?;
     let listening = listener.local_addr();
-    let servers = if front_end { serve_guest(&config, &disks)? } else { Vec::new() };
+    let mut servers = if front_end { serve_guest(&config, &disks)? } else { Vec::new() };
+    servers.push(serve_generations(&config, generations)?);
     let brain = std::thread::Builder::new()
         .name("brain".into())
         .spawn(move || Brain::new(parts).run())
@@ -483,6 +490,15 @@ fn serve_guest(config: &Config, disks: &Arc<Vec<GateDisk>>) -> Result<Vec<Server
         servers.push(server);
     }
     Ok(servers)
+}
+
+/// Kept generations, as `disk@epoch.number` on one socket beside the guest's.
+fn serve_generations(config: &Config, generations: Arc<Generations>) -> Result<Server, StartError> {
+    std::fs::create_dir_all(&config.nbd.dir).map_err(io(format!("nbd.dir {}", config.nbd.dir.display())))?;
+    let server =
+        Server::bind(ServerConfig::new(config.nbd.dir.join(GENERATIONS_SOCKET)), generations).map_err(refused)?;
+    server.serve().map_err(io("generations"))?;
+    Ok(server)
 }
 
 /// The one disk of a socket; each connection gets an [`Export`] of its own.

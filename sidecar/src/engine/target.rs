@@ -11,7 +11,7 @@ use watari_core::{
     geometry::{Block, DiskIndex, Extent, Generation, Sequence, Session},
     replica::{CommitAnswer, Entry, ErrorClass, Event as ReplicaEvent, Mark, Progress, ReplicaError},
 };
-use watari_store::replica::{FileReplica, Zstd};
+use watari_store::replica::{FileReplica, SharedReplica, Zstd};
 use watari_wire::replication::{
     CommitPart, CommitResult, DigestReply, DigestRequest, Durable, SequenceRange, Superseded, TargetState,
     commit_result::Outcome, control_message::Body,
@@ -38,7 +38,9 @@ struct Waiting {
 
 /// See the module's header.
 pub struct Target {
-    pub store: FileReplica,
+    /// Shared with those who read kept generations. Locked for one call at a time: what comes back is bound before it is
+    /// looked at, so that no lock is held while something else is asked.
+    pub store: SharedReplica,
     unsynced_bytes: u64,
     /// A complete list whose frames are not all here yet.
     waiting: Option<Waiting>,
@@ -61,7 +63,7 @@ fn unix_seconds() -> u64 {
 impl Target {
     pub fn new(store: FileReplica) -> Self {
         Target {
-            store,
+            store: SharedReplica::new(store),
             unsynced_bytes: 0,
             waiting: None,
             list: Vec::new(),
@@ -76,21 +78,22 @@ impl Target {
     }
 
     pub fn committed(&self) -> Generation {
-        self.store.manifest().newest.map(|m| m.generation).unwrap_or_default()
+        self.store.lock().manifest().newest.map(|m| m.generation).unwrap_or_default()
     }
 
     pub fn applied(&self) -> Generation {
-        self.store.manifest().applied.map(|m| m.generation).unwrap_or_default()
+        self.store.lock().manifest().applied.map(|m| m.generation).unwrap_or_default()
     }
 
     /// Durable frames of a session, for Hello.
     pub fn staged(&mut self, session: u64) -> Vec<SequenceRange> {
         // What a dead process had staged is synced before it is named.
-        if let Err(error) = self.store.sync_staged() {
+        let synced = self.store.lock().sync_staged();
+        if let Err(error) = synced {
             self.note("staging", &error);
             return Vec::new();
         }
-        let staged = self.store.staged();
+        let staged = self.store.lock().staged();
         staged
             .iter()
             .filter(|s| s.session.0 == session)
@@ -103,12 +106,12 @@ impl Target {
         self.waiting = None;
         self.list.clear();
         self.raise_floor(epoch)?;
-        self.store.set_session(Session(session))
+        self.store.lock().set_session(Session(session))
     }
 
     /// Refuse what is below this epoch from now on (I6).
     pub fn raise_floor(&mut self, epoch: u64) -> Result<(), ReplicaError> {
-        if self.store.manifest().floor < epoch { self.store.raise_floor(epoch) } else { Ok(()) }
+        self.store.lock().raise_floor(epoch)
     }
 
     /// Frames are not read from the stream while there is no room; that is what slows the source down.
@@ -128,7 +131,8 @@ impl Target {
                 return true;
             }
         };
-        match self.store.stage(&frame) {
+        let staged = self.store.lock().stage(&frame);
+        match staged {
             Ok(()) => {
                 self.unsynced_bytes += payload.len() as u64 + header.len() as u64;
                 self.room();
@@ -177,9 +181,7 @@ impl Target {
             }
             ErrorClass::Permanent | ErrorClass::Corrupt => {
                 tracing::error!(%error, doing, "the replica refused or failed");
-                if let Some(why) = self.store.poisoned() {
-                    self.poisoned = Some(why.to_owned());
-                }
+                self.poisoned = self.store.lock().poisoned().map(str::to_owned);
             }
         }
     }
@@ -206,15 +208,18 @@ impl Target {
     /// Commit the waiting list if its frames are here (or have been waited for long enough).
     pub fn try_commit(&mut self) -> Option<Body> {
         let Waiting { root, generation, since } = *self.waiting.as_ref()?;
-        if let Err(error) = self.store.sync_staged() {
+        let synced = self.store.lock().sync_staged();
+        if let Err(error) = synced {
             self.note("staging", &error);
             return None;
         }
-        let answer = self
-            .store
-            .begin_commit(generation, self.parent, unix_seconds())
-            .and_then(|()| self.store.append_entries(&self.list))
-            .and_then(|()| self.store.finish_commit(root));
+        let answer = {
+            let mut store = self.store.lock();
+            store
+                .begin_commit(generation, self.parent, unix_seconds())
+                .and_then(|()| store.append_entries(&self.list))
+                .and_then(|()| store.finish_commit(root))
+        };
         let body = match answer {
             Ok(CommitAnswer::Committed | CommitAnswer::AlreadyCommitted) => {
                 tracing::info!(%generation, frames = self.list.len(), "committed");
@@ -256,7 +261,8 @@ impl Target {
             return None;
         }
         self.unsynced_bytes = 0;
-        match self.store.sync_staged() {
+        let synced = self.store.lock().sync_staged();
+        match synced {
             Ok(keys) if keys.is_empty() => None,
             Ok(keys) => {
                 let session = keys[0].session.0;
@@ -275,7 +281,8 @@ impl Target {
     pub fn work(&mut self) -> bool {
         if Instant::now() >= self.next_retain {
             self.next_retain = Instant::now() + RETAIN_INTERVAL;
-            match self.store.retain(unix_seconds()) {
+            let retained = self.store.lock().retain(unix_seconds());
+            match retained {
                 Ok(_) | Err(ReplicaError::RollingBack) => {}
                 Err(error) => self.note("retention", &error),
             }
@@ -283,7 +290,8 @@ impl Target {
         if !self.more_to_apply || self.poisoned.is_some() || !self.has_room() {
             return false;
         }
-        match self.store.apply_step(APPLY_BYTES) {
+        let progress = self.store.lock().apply_step(APPLY_BYTES);
+        match progress {
             Ok(Progress::Idle) => self.more_to_apply = false,
             Ok(Progress::Working { .. }) => {}
             Ok(Progress::Applied(generation) | Progress::RolledBack(generation)) => {
@@ -292,7 +300,8 @@ impl Target {
             }
             Err(error) => self.note("applying", &error),
         }
-        for event in self.store.take_events() {
+        let events = self.store.lock().take_events();
+        for event in events {
             match event {
                 ReplicaEvent::Applied(generation) => tracing::debug!(%generation, "applied"),
                 event => tracing::warn!(?event, "replica"),
@@ -304,7 +313,8 @@ impl Target {
     /// The source will never list these frames.
     pub fn superseded(&mut self, m: &Superseded) {
         let sequences: Vec<Sequence> = m.ranges.iter().flat_map(|r| r.first..=r.last).map(Sequence).collect();
-        if let Err(error) = self.store.supersede(&sequences) {
+        let reclaimed = self.store.lock().supersede(&sequences);
+        if let Err(error) = reclaimed {
             self.note("reclaiming", &error);
         }
     }
@@ -316,7 +326,7 @@ impl Target {
 
     /// Apply everything, now: a promotion or a handover waits.
     pub fn finish_applying(&mut self) -> Result<(), ReplicaError> {
-        self.store.apply_all()
+        self.store.lock().apply_all()
     }
 
     pub fn digests(&mut self, request: &DigestRequest) -> Body {
@@ -327,7 +337,8 @@ impl Target {
         let (mut at, end) = (request.start_block, request.start_block + u64::from(request.blocks.min(1 << 16)));
         while at < end {
             let blocks = u64::from(step).min(end - at) as u32;
-            match self.store.blocks_digest(disk, &[Extent { start: Block(at), blocks }]) {
+            let digest = self.store.lock().blocks_digest(disk, &[Extent { start: Block(at), blocks }]);
+            match digest {
                 Ok(digest) => digests.extend_from_slice(&digest[..16]),
                 Err(e) => {
                     error = e.to_string();
@@ -356,18 +367,19 @@ impl Target {
 
     /// The images hold nothing at all: the source need not send what is empty there.
     pub fn is_virgin(&self) -> bool {
-        self.store.manifest().virgin && !self.store.manifest().direct_started
+        let store = self.store.lock();
+        store.manifest().virgin && !store.manifest().direct_started
     }
 
     pub fn state(&self) -> Body {
-        let report = self.store.report();
+        let report = self.store.lock().report();
         Body::TargetState(TargetState {
             journal_bytes: report.journal_bytes,
             journal_limit_bytes: report.journal_bytes_max,
             free_bytes: 0,
             committed: Some(convert::wire_generation(self.committed())),
             applied: Some(convert::wire_generation(self.applied())),
-            kept: self.store.kept().iter().map(|m| convert::wire_generation(m.generation)).collect(),
+            kept: self.store.lock().kept().iter().map(|m| convert::wire_generation(m.generation)).collect(),
             full: self.full.clone(),
         })
     }

@@ -129,7 +129,12 @@ impl Brain {
     /// whatever the handover may still lead to.
     fn void(&mut self, answer: Answer) {
         let activation = ActivationId(random_id());
-        if self.parts.site.record().role.is_active_side() {
+        let role = &self.parts.site.record().role;
+        if *role == Role::Serving && !self.conditions.holds("Diverged") {
+            return Self::decline(answer, "no handover is open here: there is nothing to void");
+        }
+        if role.is_active_side() {
+            self.conditions.clear("Diverged");
             let text = "this side serves on at a higher epoch; if the target was activated meanwhile it is fenced at the next contact";
             return self.answer_with(handover::Event::Reclaim { activation }, answer, text);
         }
@@ -142,7 +147,7 @@ impl Brain {
             let role = self.parts.site.record().role.name();
             return Self::decline(answer, format!("only a replica can be promoted; this side is {role}"));
         };
-        let kept: Vec<Generation> = target.store.kept().iter().map(|m| m.generation).collect();
+        let kept: Vec<Generation> = target.store.lock().kept().iter().map(|m| m.generation).collect();
         let wanted = match number {
             None => kept.first(),
             Some(n) => kept.iter().find(|g| g.number.0 == n),

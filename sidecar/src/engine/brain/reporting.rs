@@ -145,11 +145,11 @@ impl Brain {
             (None, false) => "Full",
             (None, true) => "Ready",
         };
-        let store = target.store.report();
+        let store = target.store.lock().report();
         Some(ReplicaReport {
             committed: name(target.committed()),
             applied: name(target.applied()),
-            kept: target.store.kept().iter().map(|m| name(m.generation)).collect(),
+            kept: target.store.lock().kept().iter().map(|m| name(m.generation)).collect(),
             journal_bytes: store.journal_bytes,
             journal_limit_bytes: self.parts.config.journal_bytes,
             free_bytes: 0,
