@@ -48,7 +48,10 @@ use super::{
     target::{Target, adopted_mark},
     tracking::Shared,
 };
-use crate::{config::Config, throttle::Throttle};
+use crate::{
+    config::{Config, StartWithoutPeer},
+    throttle::Throttle,
+};
 
 mod intents;
 mod links;
@@ -66,6 +69,8 @@ const SLOW_DOWN_BELOW_BLOCKS: u64 = 8192;
 /// Bounds of the delay of one guest write, microseconds.
 const SLOW_DOWN_MICROS_MIN: u64 = 200;
 const SLOW_DOWN_MICROS_MAX: u64 = 20_000;
+/// How long a fresh boot waits for the peer's word (design §3.6).
+const CONFIRM_WAIT: Duration = Duration::from_secs(5);
 /// A write that takes longer to reach a local disk than this never will.
 const DRAIN_WAIT: Duration = Duration::from_secs(30);
 /// Pause between two attempts to leave `Untracked`: each writes a whole log.
@@ -128,6 +133,9 @@ pub struct Parts {
     pub baseline: Baseline,
     /// Whether this process has a guest's front end at all.
     pub front_end: bool,
+    /// Nothing shows that a guest was served a moment ago (a worker that restarts under its QEMU): the peer is asked first
+    /// whether it was promoted meanwhile.
+    pub fresh_boot: bool,
 }
 
 /// Where the marks of a starting source come from.
@@ -166,6 +174,8 @@ pub struct Brain {
     lag_before: u64,
     scheduled: Option<crate::throttle::Limit>,
     next_leave: Instant,
+    /// A fresh boot holds its guest until the peer has answered, or this time.
+    confirm_until: Option<Instant>,
 }
 
 impl Brain {
@@ -196,6 +206,7 @@ impl Brain {
             lag_before: 0,
             scheduled: None,
             next_leave: Instant::now(),
+            confirm_until: None,
         }
     }
 
@@ -287,6 +298,10 @@ impl Brain {
         }
         let actions = self.parts.site.resume();
         self.perform(actions);
+        if self.parts.fresh_boot && self.parts.site.record().role == Role::Serving {
+            self.confirm_until = Some(Instant::now() + CONFIRM_WAIT);
+            self.set_gate(Gate::Hold);
+        }
         self.dial();
     }
 
@@ -618,6 +633,7 @@ impl Brain {
         for disk in self.parts.disks.iter() {
             disk.expire(now);
         }
+        self.confirm_late(now);
         if now >= self.next_beat {
             self.next_beat = now + Duration::from_secs(1);
             self.beat();
@@ -642,6 +658,32 @@ impl Brain {
         super::start::record_clean_stop(&self.parts);
         self.make_report();
         code
+    }
+
+    /// The peer has said what it is: what is still ours to serve is served.
+    fn confirmed(&mut self) {
+        self.conditions.clear("EpochUnconfirmed");
+        if self.confirm_until.take().is_some() && self.parts.site.record().role.accepts_writes() {
+            self.set_gate(Gate::Serve);
+        }
+    }
+
+    /// The peer is silent: the policy decides (design §3.6).
+    fn confirm_late(&mut self, now: Instant) {
+        if self.confirm_until.is_none_or(|until| now < until) {
+            return;
+        }
+        let text = "this VM boots although the peer does not answer: if it was promoted there, two of it run";
+        match self.parts.config.start_without_peer {
+            StartWithoutPeer::Allow => {
+                self.confirmed();
+                self.conditions.set("EpochUnconfirmed", "PeerSilent", text, "make sure that the VM does not run at the peer");
+            }
+            StartWithoutPeer::Deny => {
+                let text = "the peer does not answer and start_without_peer is deny: the VM's requests are held, then fail";
+                self.conditions.set("EpochUnconfirmed", "Denied", text, "bring the peer back, or set start_without_peer = \"allow\"");
+            }
+        }
     }
 
     /// Time windows: the limit of this second, unless somebody set another one meanwhile.

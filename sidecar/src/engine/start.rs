@@ -149,7 +149,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
     });
     let source = record.role.is_active_side();
     let opened = open_tracking(&config, &layout, &record, session, source)?;
-    let Opened { maps, regions, baseline } = opened;
+    let Opened { maps, regions, baseline, fresh } = opened;
     let spill = config.folder.join("spill");
     let wake = post.clone();
     let shared = Arc::new(Shared {
@@ -217,6 +217,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         report: report.clone(),
         baseline,
         front_end,
+        fresh_boot: fresh,
     };
     // The listener first: a port in use is a refusal, not a surprise later.
     let listener = Listener::bind(config.listen, tls.clone()).await.map_err(refused)?;
@@ -372,6 +373,8 @@ struct Opened {
     maps: MapMemory,
     regions: RegionLog,
     baseline: Baseline,
+    /// Not a worker that restarts under its QEMU, and not the first start of all.
+    fresh: bool,
 }
 
 /// Map memory, region log and trust, and what they say about the marks.
@@ -402,6 +405,7 @@ fn open_tracking(
     let usable = matches!(map, MapFact::Usable { .. });
     let first = record.starts == 1;
     let state = trust::decide(StartFacts { trust: trusted, map, log: LogFact::new(log), heard: None });
+    let fresh = !first && state != StartState::UncleanWithMap;
     let maps = match existing {
         Ok(memory) if usable && source => memory,
         _ => MapMemory::create(&config.runtime_dir, &identity).map_err(refused)?,
@@ -459,7 +463,7 @@ fn open_tracking(
             RegionLog::start_untracked(layout.clone(), UntrackedReason::Log(why), sink)
         }
     };
-    Ok(Opened { maps, regions, baseline })
+    Ok(Opened { maps, regions, baseline, fresh })
 }
 
 /// A complete new region log in place of one that failed. Every region is in it; what is clean is forgotten later.

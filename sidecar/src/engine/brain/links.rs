@@ -113,6 +113,7 @@ impl Brain {
             let _ = control.send(message(Body::Refused(refused)));
             return self.drop_link();
         }
+        self.confirmed();
         match data {
             Some(data) => self.met_as_dialer(hello, control, data, takes_frames, same_history),
             None => self.met_as_listener(hello),
