@@ -677,11 +677,22 @@ impl Brain {
         match self.parts.config.start_without_peer {
             StartWithoutPeer::Allow => {
                 self.confirmed();
-                self.conditions.set("EpochUnconfirmed", "PeerSilent", text, "make sure that the VM does not run at the peer");
+                self.conditions.set(
+                    "EpochUnconfirmed",
+                    "PeerSilent",
+                    text,
+                    "make sure that the VM does not run at the peer",
+                );
             }
             StartWithoutPeer::Deny => {
-                let text = "the peer does not answer and start_without_peer is deny: the VM's requests are held, then fail";
-                self.conditions.set("EpochUnconfirmed", "Denied", text, "bring the peer back, or set start_without_peer = \"allow\"");
+                let text =
+                    "the peer does not answer and start_without_peer is deny: the VM's requests are held, then fail";
+                self.conditions.set(
+                    "EpochUnconfirmed",
+                    "Denied",
+                    text,
+                    "bring the peer back, or set start_without_peer = \"allow\"",
+                );
             }
         }
     }
@@ -748,20 +759,27 @@ impl Brain {
             | Phase::Forgetting { generation, .. } => Some(generation.number.0),
         };
         let now = Instant::now();
+        let mut answers = Vec::new();
         for mut waiter in std::mem::take(&mut self.cuts) {
             if waiter.number.is_none() {
                 waiter.number = open.filter(|n| *n > waiter.after);
             }
-            let done = waiter.number.is_some_and(|n| committed.number.0 >= n);
-            if done {
-                let _ =
-                    waiter.answer.send(Ok(Outcome::Committed { epoch: committed.epoch, number: committed.number.0 }));
+            if waiter.number.is_some_and(|n| committed.number.0 >= n) {
+                let done = Outcome::Committed { epoch: committed.epoch, number: committed.number.0 };
+                answers.push((waiter.answer, done));
             } else if now >= waiter.deadline {
                 let text = "the cut goes on; its generation is not committed yet".to_owned();
-                let _ = waiter.answer.send(Ok(Outcome::Pending(text)));
+                answers.push((waiter.answer, Outcome::Pending(text)));
             } else {
                 self.cuts.push(waiter);
             }
+        }
+        if !answers.is_empty() {
+            // Whoever looks after the answer sees what it says.
+            self.make_report();
+        }
+        for (answer, outcome) in answers {
+            let _ = answer.send(Ok(outcome));
         }
     }
 

@@ -1,0 +1,113 @@
+//! Two sidecars without a VM: what can be seen with NBD clients and the command line alone.
+
+use std::{path::Path, process::Command, time::Duration};
+
+use anyhow::ensure;
+use watari_e2e::{
+    pair::{Pair, PairOptions},
+    site::TestBed,
+    wan::Shape,
+};
+
+const WAIT: Duration = Duration::from_secs(60);
+
+fn pair(bed: &TestBed) -> anyhow::Result<Pair<'_>> {
+    let mut pair = Pair::new(bed, PairOptions { interval: "300ms".into(), ..PairOptions::default() })?;
+    pair.start(1, "replica")?;
+    pair.start(0, "primary")?;
+    pair.cut(0)?;
+    Ok(pair)
+}
+
+/// qemu-io on an export; fails with its words when a command failed.
+fn io(socket: &Path, export: &str, commands: &[&str]) -> anyhow::Result<()> {
+    let mut qemu_io = Command::new("qemu-io");
+    qemu_io.args(["-f", "raw"]);
+    // Kept generations are announced as read-only, and qemu-io asks for writing unless told otherwise.
+    if export.contains('@') && commands.iter().all(|c| c.starts_with("read")) {
+        qemu_io.arg("-r");
+    }
+    commands.iter().for_each(|c| {
+        qemu_io.args(["-c", c]);
+    });
+    let output = qemu_io.arg(format!("nbd+unix:///{export}?socket={}", socket.display())).output()?;
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success() && !said.contains("failed"), "{commands:?} on {export}: {said}");
+    Ok(())
+}
+
+fn nbd(pair: &Pair, end: usize, name: &str) -> std::path::PathBuf {
+    pair.site(end).dir.join("nbd").join(format!("{name}.sock"))
+}
+
+#[test]
+fn a_kept_generation_is_read_over_nbd_while_newer_ones_arrive() -> anyhow::Result<()> {
+    let bed = TestBed::new("kept", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
+    let pair = pair(&bed)?;
+    let root = nbd(&pair, 0, "root");
+    io(&root, "root", &["write -P 1 0 4M", "flush"])?;
+    pair.cut(0)?;
+    let first = pair.report(0)?.generations.committed;
+    io(&root, "root", &["write -P 2 1M 1M", "discard 3M 512k", "flush"])?;
+    pair.cut(0)?;
+    let kept = nbd(&pair, 1, "generations");
+    io(&kept, &format!("root@{first}"), &["read -P 1 0 4M"])?;
+    io(&kept, "root@latest", &["read -P 1 0 1M", "read -P 2 1M 1M", "read -P 0 3M 512k"])?;
+    ensure!(io(&kept, "root@latest", &["write 0 4k"]).is_err(), "a kept generation is read-only");
+    ensure!(io(&kept, "root@99999", &["read 0 4k"]).is_err(), "one that does not exist is refused");
+    Ok(())
+}
+
+#[test]
+fn an_idle_pair_makes_no_generations_and_its_lag_stays_small() -> anyhow::Result<()> {
+    let bed = TestBed::new("idle", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
+    let pair = pair(&bed)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let before = pair.report(0)?;
+    std::thread::sleep(Duration::from_secs(3));
+    let after = pair.report(0)?;
+    ensure!(before.generations.committed == after.generations.committed, "{before:?}\n{after:?}");
+    ensure!(after.generations.lag_seconds < 1.5, "{after:?}");
+    Ok(())
+}
+
+#[test]
+fn a_returning_source_is_fenced_before_it_serves_and_comes_back_with_consent() -> anyhow::Result<()> {
+    let bed = TestBed::new("return", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
+    let mut pair = pair(&bed)?;
+    io(&nbd(&pair, 0, "root"), "root", &["write -P 5 0 1M", "flush"])?;
+    pair.cut(0)?;
+    pair.release(0)?;
+    // Nobody is there to ask: the replica is promoted alone, and goes on as a primary.
+    pair.ctl(1, &["promote"])?;
+    pair.release(1)?;
+    pair.start(1, "primary")?;
+    pair.wait(1, "the promoted side to serve", WAIT, |r| r.role == "Serving" && r.epoch > 1)?;
+    std::thread::sleep(Duration::from_secs(6));
+    io(&nbd(&pair, 1, "root"), "root", &["read -P 5 0 1M", "write -P 6 0 64k", "flush"])?;
+    // A fresh boot of the old side asks the peer first, and never serves.
+    pair.start(0, "primary")?;
+    pair.wait(0, "the old side to be fenced", WAIT, |r| r.role == "Fenced")?;
+    ensure!(io(&nbd(&pair, 0, "root"), "root", &["write 0 4k"]).is_err(), "a fenced side serves nothing");
+    pair.ctl(0, &["accept-divergence"])?;
+    pair.wait(0, "the old side to be a replica", WAIT, |r| r.role == "Replica")?;
+    pair.wait(1, "the link", WAIT, |r| r.link.connected)?;
+    pair.cut(1)?;
+    io(&nbd(&pair, 0, "generations"), "root@latest", &["read -P 6 0 64k", "read -P 5 64k 900k"])?;
+    Ok(())
+}
+
+#[test]
+fn a_handover_that_is_voided_leaves_the_source_serving_and_replicating() -> anyhow::Result<()> {
+    let bed = TestBed::new("void", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
+    let mut pair = pair(&bed)?;
+    pair.ctl(0, &["open-handover", "--vmi-uid", "u1"])?;
+    pair.wait(1, "the offer", WAIT, |r| r.attachable)?;
+    pair.ctl(1, &["void"])?;
+    let report = pair.wait(0, "the source to serve on", WAIT, |r| r.role == "Serving")?;
+    ensure!(report.epoch == 3, "{report:?}");
+    io(&nbd(&pair, 0, "root"), "root", &["write -P 9 0 1M", "flush"])?;
+    pair.cut(0)?;
+    io(&nbd(&pair, 1, "generations"), "root@latest", &["read -P 9 0 1M"])?;
+    Ok(())
+}
