@@ -180,6 +180,88 @@ pub fn moves(moves: u32, seed: u64, rate: u64) -> anyhow::Result<Tally> {
     Ok(tally)
 }
 
+/// `rounds` handovers of a VM-less pair, each broken at a random instant around the seal: a worker of either side is killed,
+/// or the link is cut for a moment. In the end exactly the target serves, with everything that was acknowledged before.
+pub fn handovers(rounds: u32, seed: u64) -> anyhow::Result<Tally> {
+    let bed = TestBed::new("handovers", Shape::wan(300_000_000, Duration::from_millis(10)))?;
+    let mut pair = Pair::new(&bed, PairOptions { interval: "500ms".into(), ..PairOptions::default() })?;
+    pair.start(1, "replica")?;
+    pair.start(0, "primary")?;
+    pair.cut(0)?;
+    let mut dice = Dice::new(seed);
+    let mut tally = Tally::default();
+    let mut from = 0;
+    for n in 0..rounds {
+        let context = || format!("handover {n}, seed {seed}");
+        let to = 1 - from;
+        let pattern = 1 + n % 250;
+        pair.release(to).with_context(context)?;
+        pair.start(to, "primary").with_context(context)?;
+        pair.wait(from, "the link", Duration::from_secs(60), |r| r.link.connected)?;
+        pair.ctl(from, &["open-handover", "--vmi-uid", &format!("round-{n}")]).with_context(context)?;
+        // Acknowledged and flushed at the source, at the last moment.
+        nbd_io(&pair, from, &[&format!("write -P {pattern} {}k 256k", 64 * (n % 100)), "flush"])
+            .with_context(context)?;
+        pair.wait(to, "the offer", Duration::from_secs(60), |r| r.attachable).with_context(context)?;
+        let asked = pair.ctl(to, &["acquire"]);
+        std::thread::sleep(Duration::from_millis(dice.below(40)));
+        match dice.below(4) {
+            0 => {
+                bed.wan.link_down()?;
+                std::thread::sleep(Duration::from_millis(300 + dice.below(700)));
+                bed.wan.restore()?;
+                tally.cuts_of_the_link += 1;
+            }
+            1 => {
+                let supervisor = pair.ends[to].sidecar.as_ref().context("a sidecar runs at each end")?.pid();
+                tally.replicas += u32::from(kill_worker(supervisor));
+            }
+            _ => {
+                let supervisor = pair.ends[from].sidecar.as_ref().context("a sidecar runs at each end")?.pid();
+                tally.source_workers += u32::from(kill_worker(supervisor));
+            }
+        }
+        drop(asked);
+        // A target that was killed has forgotten that it asked; the operator asks again while it is not active.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !pair.report(to).is_ok_and(|r| r.role == "Serving") {
+            ensure!(Instant::now() < deadline, "{}: {:?}\n{:?}", context(), pair.report(from), pair.report(to));
+            let _ = pair.ctl(to, &["acquire"]);
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        pair.wait(from, "the old side to be a replica", Duration::from_secs(60), |r| r.role == "Replica")
+            .with_context(context)?;
+        nbd_io(&pair, to, &[&format!("read -P {pattern} {}k 256k", 64 * (n % 100))]).with_context(context)?;
+        tally.moves += 1;
+        from = to;
+    }
+    pair.cut(from)?;
+    let committed = pair.report(from)?.generations.committed_number;
+    pair.wait(1 - from, "the replica to apply it", Duration::from_secs(60), |r| {
+        let applied = r.replica.as_ref().and_then(|p| p.applied.split('.').nth(1).and_then(|n| n.parse::<u64>().ok()));
+        applied.is_some_and(|n| n >= committed)
+    })?;
+    for disk in 0..pair.options.disks.len() {
+        same(&pair.image(from, disk), &pair.image(1 - from, disk))?;
+    }
+    Ok(tally)
+}
+
+/// qemu-io on the first disk of one end.
+fn nbd_io(pair: &Pair, end: usize, commands: &[&str]) -> anyhow::Result<()> {
+    let name = pair.options.disks[0].name;
+    let socket = pair.site(end).dir.join("nbd").join(format!("{name}.sock"));
+    let mut qemu_io = std::process::Command::new("qemu-io");
+    qemu_io.args(["-f", "raw"]);
+    commands.iter().for_each(|c| {
+        qemu_io.args(["-c", c]);
+    });
+    let output = qemu_io.arg(format!("nbd+unix:///{name}?socket={}", socket.display())).output()?;
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
+    Ok(())
+}
+
 /// The guest's own verdict, then both sites offline.
 fn finish(pair: &mut Pair, source: usize, vm: Qemu, mut guest: Control, tally: &mut Tally) -> anyhow::Result<()> {
     let verdict = guest.verify(ANSWER)?;

@@ -17,3 +17,12 @@ fn moves_in_a_row_with_a_cut_link_in_between_lose_nothing() -> anyhow::Result<()
     anyhow::ensure!(tally.moves == 3 && tally.cuts_of_the_link == 1);
     Ok(())
 }
+
+#[test]
+fn a_handover_broken_around_its_seal_ends_with_exactly_the_target_serving_everything_acknowledged() -> anyhow::Result<()>
+{
+    let tally = storms::handovers(6, 5)?;
+    println!("{tally:?}");
+    anyhow::ensure!(tally.moves == 6);
+    Ok(())
+}
