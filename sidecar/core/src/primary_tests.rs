@@ -421,8 +421,7 @@ fn numbers_are_reserved_durably_before_a_cut_uses_them() {
 
 #[test]
 fn a_number_is_never_below_the_base() {
-    let primary =
-        Primary::new(limits_of(0), 1, SESSION, generation(1, 40), GenerationNumber(3), GenerationNumber(100));
+    let primary = Primary::new(limits_of(0), 1, SESSION, generation(1, 40), GenerationNumber(3), GenerationNumber(100));
     assert_eq!(primary.next_number(), GenerationNumber(41));
 }
 

@@ -275,8 +275,7 @@ impl World {
 
     /// Two active sides under one counter: a person names the first.
     fn settles_divergence(&mut self) {
-        let serves =
-            |w: &World, s: usize| w.nodes[s].process.as_ref().is_some_and(|p| p.role().accepts_writes());
+        let serves = |w: &World, s: usize| w.nodes[s].process.as_ref().is_some_and(|p| p.role().accepts_writes());
         if serves(self, 0) && serves(self, 1) && self.one_in(20) {
             let of = |w: &World, s: usize| w.nodes[s].record().map(|r| r.epoch.counter);
             if of(self, 0) == of(self, 1) {

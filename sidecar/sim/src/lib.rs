@@ -8,12 +8,14 @@
 pub mod content;
 pub mod coverage;
 pub mod ctx;
+pub mod faults;
 pub mod guest;
 pub mod history;
 pub mod net;
 pub mod node;
 pub mod operator;
 pub mod process;
+pub mod readers;
 pub mod rights;
 pub mod source;
 pub mod target;

@@ -91,8 +91,15 @@ pub enum Move {
     Rolled(usize),
     Meet(usize),
     Part(usize),
-    Deliver { to: usize, which: usize, again: bool },
-    Lose { to: usize, which: usize },
+    Deliver {
+        to: usize,
+        which: usize,
+        again: bool,
+    },
+    Lose {
+        to: usize,
+        which: usize,
+    },
     Open(usize),
     Attach(usize),
     WantWrite(usize),
@@ -380,7 +387,8 @@ impl State {
 
     fn peer(&self, s: usize) -> Peer {
         let side = &self.sides[s];
-        let record = side.life.as_ref().map_or(&side.durable, |l| l.site.record());
+        // What is told is durable: a Hello is made between lists of actions, never within one.
+        let record = &side.durable;
         let committed = side.kept.last().copied().filter(|_| record.role.receives()).unwrap_or(record.base);
         peer_of(record, committed)
     }
@@ -481,7 +489,8 @@ impl State {
             }
         }
         let fenced = |side: &Side| matches!(side.durable.role, Role::Fenced { .. });
-        if self.unfenced.is_empty() && self.sides.iter().any(fenced) {
+        let decided = self.used[PROMOTIONS] + self.used[RECLAIMS] > 0;
+        if !decided && self.sides.iter().any(fenced) {
             self.bad = Some("a side is fenced and nobody was ever promoted");
         }
     }

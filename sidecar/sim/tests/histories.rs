@@ -1,6 +1,8 @@
 //! Short budget of the deterministic simulator; `watari-sim soak` goes on. A failing seed prints the command that
 //! replays it.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     collections::BTreeSet,
     sync::{
@@ -13,7 +15,7 @@ use std::{
 use watari_sim::{coverage::REQUIRED, history};
 
 /// Wall clock that the budget may take.
-const BUDGET: Duration = Duration::from_secs(45);
+const BUDGET: Duration = Duration::from_secs(30);
 /// Histories at least, however slow the machine.
 const HISTORIES_MIN: u64 = 400;
 
@@ -27,14 +29,17 @@ fn random_histories_keep_every_invariant_and_come_to_rest() {
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                while (began.elapsed() < BUDGET || ran.load(SeqCst) < HISTORIES_MIN) && failed.lock().unwrap().is_empty() {
+                while (began.elapsed() < BUDGET || ran.load(SeqCst) < HISTORIES_MIN)
+                    && failed.lock().unwrap().is_empty()
+                {
                     let seed = seeds.fetch_add(1, SeqCst);
                     match history::attempt(seed, &BTreeSet::new()) {
                         Ok(outcome) => {
                             assert!(outcome.events >= 200, "seed {seed} is too short: {} events", outcome.events);
                             let mut total = total.lock().unwrap();
                             total.coverage.add(&outcome.coverage);
-                            (total.events, total.faults) = (total.events + outcome.events, total.faults + outcome.faults);
+                            (total.events, total.faults) =
+                                (total.events + outcome.events, total.faults + outcome.faults);
                         }
                         Err(what) => failed.lock().unwrap().push(history::shrink(seed, &what, 100)),
                     }
