@@ -1,7 +1,14 @@
 //! Looks at the paths that a configuration names, before anything is started. Opens nothing for writing and makes
 //! nothing: a refusal here has touched no file.
 
-use std::{fs, io, net::TcpListener, os::unix::fs::FileTypeExt, path::Path};
+use std::{
+    fs, io,
+    net::TcpListener,
+    os::unix::fs::FileTypeExt,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{Config, ConfigError, Disk, Refusal, units};
 
@@ -54,7 +61,17 @@ pub fn check(config: &Config, start: Start) -> Result<(), ConfigError> {
 /// Whether the peer could dial in: refuses an address that another process has, before a start makes any file. Nothing stays
 /// bound; the worker binds for good, and refuses by the same words should somebody be quicker.
 pub fn check_listen(config: &Config) -> Result<(), ConfigError> {
-    let Err(error) = TcpListener::bind(config.listen) else { return Ok(()) };
+    let began = Instant::now();
+    let error = loop {
+        match TcpListener::bind(config.listen) {
+            Ok(_) => return Ok(()),
+            // A worker whose supervisor was killed is still on its way out.
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && began.elapsed() < PORT_WAIT => {
+                thread::sleep(Duration::from_millis(100));
+            }
+            Err(error) => break error,
+        }
+    };
     let (found, remedy) = match error.kind() {
         io::ErrorKind::AddrInUse => ("in use", "end the process that listens there, or choose another port"),
         io::ErrorKind::AddrNotAvailable => {
@@ -71,6 +88,9 @@ pub fn check_listen(config: &Config) -> Result<(), ConfigError> {
         remedy: remedy.to_owned(),
     }]))
 }
+
+/// How long a port that is in use may still become free.
+const PORT_WAIT: Duration = Duration::from_secs(3);
 
 type Objection = (&'static str, String, &'static str, &'static str);
 

@@ -53,8 +53,10 @@ use crate::{
     throttle::Throttle,
 };
 
+mod cuts;
 mod intents;
 mod links;
+mod pace;
 mod reporting;
 
 /// Longest sleep of the loop: held requests expire, demands time out and reports are made at this grain.
@@ -64,17 +66,8 @@ const EVENTS_PER_ROUND: usize = 256;
 /// Generation numbers reserved durably at a time.
 const NUMBERS_RESERVED: u64 = 1000;
 
-/// Below this lag (32 MiB) a move needs no slowing down.
-const SLOW_DOWN_BELOW_BLOCKS: u64 = 8192;
-/// Bounds of the delay of one guest write, microseconds.
-const SLOW_DOWN_MICROS_MIN: u64 = 200;
-const SLOW_DOWN_MICROS_MAX: u64 = 20_000;
-/// How long a fresh boot waits for the peer's word (design §3.6).
-const CONFIRM_WAIT: Duration = Duration::from_secs(5);
 /// A write that takes longer to reach a local disk than this never will.
 const DRAIN_WAIT: Duration = Duration::from_secs(30);
-/// Pause between two attempts to leave `Untracked`: each writes a whole log.
-const LEAVE_UNTRACKED_PAUSE: Duration = Duration::from_secs(10);
 
 /// Flags that the guest's threads read.
 #[derive(Default)]
@@ -299,7 +292,7 @@ impl Brain {
         let actions = self.parts.site.resume();
         self.perform(actions);
         if self.parts.fresh_boot && self.parts.site.record().role == Role::Serving {
-            self.confirm_until = Some(Instant::now() + CONFIRM_WAIT);
+            self.confirm_until = Some(Instant::now() + pace::CONFIRM_WAIT);
             self.set_gate(Gate::Hold);
         }
         self.dial();
@@ -660,131 +653,9 @@ impl Brain {
         code
     }
 
-    /// The peer has said what it is: what is still ours to serve is served.
-    fn confirmed(&mut self) {
-        self.conditions.clear("EpochUnconfirmed");
-        if self.confirm_until.take().is_some() && self.parts.site.record().role.accepts_writes() {
-            self.set_gate(Gate::Serve);
-        }
-    }
-
-    /// The peer is silent: the policy decides (design §3.6).
-    fn confirm_late(&mut self, now: Instant) {
-        if self.confirm_until.is_none_or(|until| now < until) {
-            return;
-        }
-        let text = "this VM boots although the peer does not answer: if it was promoted there, two of it run";
-        match self.parts.config.start_without_peer {
-            StartWithoutPeer::Allow => {
-                self.confirmed();
-                self.conditions.set(
-                    "EpochUnconfirmed",
-                    "PeerSilent",
-                    text,
-                    "make sure that the VM does not run at the peer",
-                );
-            }
-            StartWithoutPeer::Deny => {
-                let text =
-                    "the peer does not answer and start_without_peer is deny: the VM's requests are held, then fail";
-                self.conditions.set(
-                    "EpochUnconfirmed",
-                    "Denied",
-                    text,
-                    "bring the peer back, or set start_without_peer = \"allow\"",
-                );
-            }
-        }
-    }
-
-    /// Time windows: the limit of this second, unless somebody set another one meanwhile.
-    fn follow_schedule(&mut self) {
-        let limit = self.parts.config.bandwidth.limit_at((unix_millis() / 1000) as i64);
-        if self.scheduled != Some(limit) {
-            if self.scheduled.is_some() {
-                self.parts.throttle.set_limit(limit);
-            }
-            self.scheduled = Some(limit);
-        }
-    }
-
-    /// While converging, and only if allowed: slow guest writes down until the lag shrinks.
-    fn slow_down(&mut self) {
-        let Some(source) = &self.source else { return };
-        let tracker = &self.parts.shared.tracker;
-        let lag = tracker.current_blocks() + tracker.frozen_blocks();
-        let slow = &self.parts.shared.slow_down_micros;
-        let now = slow.load(SeqCst);
-        let next = if !self.slow_down || !source.primary.converging() || lag < SLOW_DOWN_BELOW_BLOCKS {
-            0
-        } else if lag >= self.lag_before {
-            (now * 2).clamp(SLOW_DOWN_MICROS_MIN, SLOW_DOWN_MICROS_MAX)
-        } else {
-            now
-        };
-        self.lag_before = lag;
-        if next != now {
-            slow.store(next, SeqCst);
-        }
-    }
-
-    /// A metadata folder that works again: a complete new log, and a comparison of everything.
-    fn leave_untracked(&mut self, now: Instant) {
-        if !self.parts.shared.untracked() || self.parts.shared.pass_through || now < self.next_leave {
-            return;
-        }
-        self.next_leave = now + LEAVE_UNTRACKED_PAUSE;
-        let Some(source) = &mut self.source else { return };
-        match super::start::new_log(&self.parts.config, &self.parts.shared, self.parts.session) {
-            Ok(()) => source.compare_everything("changes were not logged for a while"),
-            Err(error) => tracing::warn!(error, "the region log cannot be written yet"),
-        }
-    }
-
     fn refresh_hello(&self) {
         let hello = self.our_hello(Vec::new());
         *self.parts.hello.lock().unwrap_or_else(PoisonError::into_inner) = hello;
-    }
-}
-
-/// A demand for a cut is answered when its generation, or a later one, is committed.
-impl Brain {
-    fn answer_cuts(&mut self) {
-        let Some(source) = &self.source else { return };
-        let committed = source.primary.base();
-        let open = match source.primary.phase() {
-            Phase::Idle => None,
-            Phase::Open { generation, .. }
-            | Phase::Committing { generation, .. }
-            | Phase::Forgetting { generation, .. } => Some(generation.number.0),
-        };
-        let now = Instant::now();
-        let mut answers = Vec::new();
-        for mut waiter in std::mem::take(&mut self.cuts) {
-            if waiter.number.is_none() {
-                waiter.number = open.filter(|n| *n > waiter.after);
-            }
-            if waiter.number.is_some_and(|n| committed.number.0 >= n) {
-                let done = Outcome::Committed { epoch: committed.epoch, number: committed.number.0 };
-                answers.push((waiter.answer, done));
-            } else if now >= waiter.deadline {
-                let text = "the cut goes on; its generation is not committed yet".to_owned();
-                answers.push((waiter.answer, Outcome::Pending(text)));
-            } else {
-                self.cuts.push(waiter);
-            }
-        }
-        if !answers.is_empty() {
-            // Whoever looks after the answer sees what it says.
-            self.make_report();
-        }
-        for (answer, outcome) in answers {
-            let _ = answer.send(Ok(outcome));
-        }
-    }
-
-    fn decline(answer: Answer, why: impl Into<String>) {
-        let _ = answer.send(Err(Declined(why.into())));
     }
 }
 

@@ -5,11 +5,10 @@
 //! by the guest. It does not decide roles and owns no connection: the brain brings both.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, PoisonError, atomic::Ordering::SeqCst},
+    sync::{Arc, atomic::Ordering::SeqCst},
     thread,
-    time::Duration,
 };
 
 use watari_core::{
@@ -19,12 +18,11 @@ use watari_core::{
     replica::list::Entry,
 };
 use watari_wire::replication::{
-    CommitPart, CommitResult, DigestRequest, Hello, SequenceRange, Superseded, commit_result::Outcome,
-    control_message::Body,
+    CommitPart, CommitResult, Hello, SequenceRange, Superseded, commit_result::Outcome, control_message::Body,
 };
 
 use super::{
-    build::{self, BuildError, Naming, OutFrame, PeerDigests},
+    build::{BuildError, Naming, OutFrame},
     convert,
     event::{ControlSender, Event},
     gate::GateDisk,
@@ -32,261 +30,24 @@ use super::{
     tracking::Shared,
 };
 
-/// Threads that read, hash and compress. While comparing most of them wait for the peer's digests: so many round trips
-/// are under way at once.
-const READERS: usize = 8;
+mod compare;
+mod digests;
+mod readers;
+
+use compare::Compare;
+use digests::DigestBook;
+use readers::{Job, Readers};
+
 /// Most reads handed out and not yet built, beside the window.
 const READS_MAX: usize = 12;
-/// How long a reader waits for the peer's digests before it sends the content instead.
-const DIGEST_WAIT: Duration = Duration::from_secs(20);
 /// Entries of a commit list per message: 5000 × 54 bytes and their bitmaps stay far below a message's limit.
 const ENTRIES_PER_PART: usize = 5000;
 /// Time between two looks for overtaken frames, milliseconds: each walks over all books.
 const SUPERSEDE_MILLIS: u64 = 2000;
 
-/// The peer's digests, asked for by readers and answered through the brain.
-#[derive(Default)]
-pub struct DigestBook {
-    inner: Mutex<DigestInner>,
-    answered: Condvar,
-}
-
-#[derive(Default)]
-struct DigestInner {
-    control: Option<ControlSender>,
-    next: u64,
-    answers: HashMap<u64, Option<Vec<u8>>>,
-}
-
-impl DigestBook {
-    fn lock(&self) -> std::sync::MutexGuard<'_, DigestInner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub fn link(&self, control: Option<ControlSender>) {
-        let mut inner = self.lock();
-        inner.control = control;
-        inner.answers.values_mut().for_each(|a| *a = Some(Vec::new()));
-        self.answered.notify_all();
-    }
-
-    pub fn answer(&self, id: u64, digests: &[u8]) {
-        let mut inner = self.lock();
-        if let Some(answer) = inner.answers.get_mut(&id) {
-            *answer = Some(digests.to_vec());
-            self.answered.notify_all();
-        }
-    }
-
-    /// Digests of extents at the peer, all asked for at once; what is not answered is missing.
-    pub fn ask(&self, disk: DiskIndex, extents: &[Extent], out: &mut PeerDigests) {
-        let mut inner = self.lock();
-        let Some(control) = inner.control.clone() else { return };
-        let mut asked = Vec::with_capacity(extents.len());
-        for extent in extents {
-            inner.next += 1;
-            let id = inner.next;
-            inner.answers.insert(id, None);
-            asked.push((id, *extent));
-            let request = DigestRequest {
-                id,
-                disk: u32::from(disk.0),
-                start_block: extent.start.0,
-                blocks: extent.blocks,
-                granularity: 1,
-            };
-            // A closed link answers everything with nothing (`link`).
-            let _ = control.send(message(Body::DigestRequest(request)));
-        }
-        let waits = |i: &mut DigestInner| asked.iter().any(|(id, _)| i.answers.get(id) == Some(&None));
-        let waited = self.answered.wait_timeout_while(inner, DIGEST_WAIT, waits);
-        let (mut inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        for (id, extent) in asked {
-            if let Some(Some(answer)) = inner.answers.remove(&id) {
-                let blocks = (extent.start.0..extent.end().0).map(Block);
-                out.extend(blocks.zip(answer.as_chunks::<16>().0.iter().copied()));
-            }
-        }
-    }
-}
-
-enum Job {
-    Frozen { read: Read, cut: u64, compare: bool },
-    Current { read: Read, compare: bool },
-    Preserved { read: Read },
-}
-
-/// Jobs that wait for a reader thread.
-#[derive(Default)]
-struct Queue {
-    state: Mutex<QueueState>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct QueueState {
-    jobs: VecDeque<(Job, Naming)>,
-    closed: bool,
-}
-
-impl Queue {
-    fn lock(&self) -> std::sync::MutexGuard<'_, QueueState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Wait for the next job; `None` at the end.
-    fn next(&self) -> Option<(Job, Naming)> {
-        let mut state = self.lock();
-        loop {
-            if state.closed {
-                return None;
-            }
-            match state.jobs.pop_front() {
-                Some(job) => return Some(job),
-                None => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            }
-        }
-    }
-}
-
-/// Reader threads and their queue.
-struct Readers {
-    queue: Arc<Queue>,
-}
-
-impl Readers {
-    fn start(shared: &Arc<Shared>, disks: &Arc<Vec<GateDisk>>, digests: &Arc<DigestBook>, post: &Post) -> Self {
-        let queue: Arc<Queue> = Arc::default();
-        for n in 0..READERS {
-            let (queue, shared, disks) = (queue.clone(), shared.clone(), disks.clone());
-            let (digests, post) = (digests.clone(), post.clone());
-            let work = move || {
-                while let Some((job, naming)) = queue.next() {
-                    let (read, frames) = run(&shared, &disks, &digests, job, naming);
-                    post(Event::Built { read, frames });
-                }
-            };
-            let spawned = thread::Builder::new().name(format!("reader-{n}")).spawn(work);
-            spawned.map(drop).expect("a thread at start: without it nothing can be sent");
-        }
-        Readers { queue }
-    }
-
-    fn push(&self, job: Job, naming: Naming) {
-        self.queue.lock().jobs.push_back((job, naming));
-        self.queue.changed.notify_one();
-    }
-}
-
-impl Drop for Readers {
-    fn drop(&mut self) {
-        self.queue.lock().closed = true;
-        self.queue.changed.notify_all();
-    }
-}
-
-fn run(
-    shared: &Shared,
-    disks: &[GateDisk],
-    digests: &DigestBook,
-    job: Job,
-    naming: Naming,
-) -> (Sequence, Result<Vec<OutFrame>, BuildError>) {
-    let compared = |read: &Read, compare: bool| {
-        let mut peer = PeerDigests::new();
-        if compare {
-            digests.ask(read.disk, &read.extents, &mut peer);
-        }
-        peer
-    };
-    match job {
-        Job::Frozen { read, cut, compare } => {
-            let peer = compared(&read, compare);
-            let file = disks[usize::from(read.disk.0)].local().file();
-            let frames = build::frozen(shared, file, &read, cut, naming, &peer);
-            if frames.is_err() {
-                // Some of it may be claimed already and is in no frame: all of it is dirty, and the cut is lost.
-                give_back(shared, &read);
-                shared.give_up.store(true, SeqCst);
-            }
-            (read.sequence, frames)
-        }
-        Job::Current { read, compare } => {
-            let peer = compared(&read, compare);
-            let file = disks[usize::from(read.disk.0)].local().file();
-            let frames = build::current(shared, file, &read, naming, &peer);
-            if frames.is_err() {
-                // Nothing of it was sent: it is as dirty as before.
-                give_back(shared, &read);
-            }
-            (read.sequence, frames)
-        }
-        Job::Preserved { read } => (read.sequence, build::preserved(shared, read.sequence, naming)),
-    }
-}
-
-fn give_back(shared: &Shared, read: &Read) {
-    for e in &read.extents {
-        shared.tracker.mark(read.disk, *e);
-        shared.tracker.unstage(read.disk, *e);
-    }
-}
-
 /// Why a first or full synchronisation is needed, in words for people (I9).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FullCompare(pub String);
-
-/// One bit per block that may differ at the peer; memory only while there is something to compare.
-#[derive(Default)]
-struct Compare {
-    bits: HashMap<(DiskIndex, u64), u64>,
-}
-
-impl Compare {
-    fn each(first: u64, blocks: u64, mut f: impl FnMut(u64, u64)) {
-        let (mut at, end) = (first, first + blocks);
-        while at < end {
-            let n = (64 - at % 64).min(end - at);
-            f(at / 64, (u64::MAX >> (64 - n)) << (at % 64));
-            at += n;
-        }
-    }
-
-    fn set(&mut self, disk: DiskIndex, first: u64, blocks: u64) {
-        Self::each(first, blocks, |word, mask| *self.bits.entry((disk, word)).or_default() |= mask);
-    }
-
-    fn any(&self, read: &Read) -> bool {
-        let mut any = false;
-        for e in &read.extents {
-            Self::each(e.start.0, u64::from(e.blocks), |word, mask| {
-                any |= self.bits.get(&(read.disk, word)).is_some_and(|w| w & mask != 0);
-            });
-        }
-        any
-    }
-
-    fn done(&mut self, read: &Read) {
-        for e in &read.extents {
-            Self::each(e.start.0, u64::from(e.blocks), |word, mask| {
-                if let Some(w) = self.bits.get_mut(&(read.disk, word)) {
-                    *w &= !mask;
-                    if *w == 0 {
-                        self.bits.remove(&(read.disk, word));
-                    }
-                }
-            });
-        }
-    }
-
-    fn clear(&mut self) {
-        self.bits = HashMap::new();
-    }
-
-    fn is_empty(&self) -> bool {
-        self.bits.is_empty()
-    }
-}
 
 /// See the module's header.
 pub struct Source {
