@@ -11,7 +11,7 @@ use watari_e2e::{
     wan::Shape,
 };
 
-const BOOT: Duration = Duration::from_secs(60);
+const BOOT: Duration = Duration::from_secs(180);
 const ANSWER: Duration = Duration::from_secs(60);
 
 #[test]
