@@ -70,7 +70,7 @@ pub struct Failure {
 
 impl Failure {
     pub fn command(&self) -> String {
-        let mut out = format!("cargo run -p watari-sim -- replay --seed {}", self.seed);
+        let mut out = format!("cargo run --profile soak -p watari-sim -- replay --seed {}", self.seed);
         if !self.without.is_empty() {
             out += &format!(" --without {}", ranges(&self.without));
         }

@@ -11,6 +11,7 @@ pub mod ctx;
 pub mod faults;
 pub mod guest;
 pub mod history;
+pub mod mutations;
 pub mod net;
 pub mod node;
 pub mod operator;

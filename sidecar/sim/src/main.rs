@@ -1,6 +1,7 @@
 //! `watari-sim soak` runs histories for as long as it is told, `watari-sim replay` shows one.
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
     process::ExitCode,
     sync::{
@@ -11,7 +12,10 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
-use watari_sim::history::{self, Outcome};
+use watari_sim::{
+    history::{self, Outcome},
+    mutations,
+};
 
 #[derive(Parser)]
 #[command(about = "Deterministic simulation of two Watari sites")]
@@ -42,6 +46,15 @@ enum Command {
         #[arg(long, default_value_t = 150)]
         tries: u32,
     },
+    /// Deliberate errors in a copy of the core, each of which must be caught.
+    Mutate {
+        /// Only those whose name contains this.
+        #[arg(long, default_value = "")]
+        only: String,
+        /// Histories for at most so many minutes each.
+        #[arg(long, default_value_t = 0.5)]
+        minutes: f64,
+    },
     /// One history, with everything that happened if it fails.
     Replay {
         #[arg(long)]
@@ -55,12 +68,40 @@ enum Command {
     },
 }
 
+thread_local! {
+    /// The history that this thread runs.
+    static SEED: Cell<u64> = const { Cell::new(0) };
+}
+
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Soak { seeds, first, minutes, threads, failures, tries } => {
             soak(first, seeds, minutes, threads, failures, tries)
         }
+        Command::Mutate { only, minutes } => mutate(&only, minutes),
         Command::Replay { seed, without, shrink } => replay(seed, &history::parse_ranges(&without), shrink),
+    }
+}
+
+fn mutate(only: &str, minutes: f64) -> ExitCode {
+    let told = |v: &mutations::Verdict| {
+        let why = mutations::REDUNDANT.iter().find(|(name, _)| *name == v.name);
+        let survived = why.map_or_else(|| "SURVIVED".to_owned(), |(_, why)| format!("redundant: {why}"));
+        let by = v.caught.clone().unwrap_or(survived);
+        println!("{:<62} {:>6}  {by}", v.name, v.histories);
+    };
+    println!("{:<62} {:>6}  caught by", "mutation", "after");
+    match mutations::run(only, minutes, told) {
+        Ok(verdicts) => {
+            let excused = |name: &str| mutations::REDUNDANT.iter().any(|(n, _)| *n == name);
+            let survived = verdicts.iter().filter(|v| v.caught.is_none() && !excused(v.name)).count();
+            println!("{} mutations, {survived} survived", verdicts.len());
+            if survived == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            println!("{error}");
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -78,7 +119,15 @@ fn replay(seed: u64, without: &BTreeSet<u64>, shrink: bool) -> ExitCode {
 }
 
 fn soak(first: u64, seeds: u64, minutes: f64, threads: usize, failures: usize, tries: u32) -> ExitCode {
-    std::panic::set_hook(Box::new(|_| {}));
+    // Where a panic aborts (release) it cannot be caught and shrunk: the hook says what is needed before the end.
+    std::panic::set_hook(Box::new(|panic| {
+        if cfg!(panic = "abort") {
+            let seed = SEED.with(Cell::get);
+            eprintln!(
+                "seed {seed} FAILED: {panic}\n  cargo run --profile soak -p watari-sim -- replay --seed {seed} --shrink"
+            );
+        }
+    }));
     let (next, ran, events) = (AtomicU64::new(first), AtomicU64::new(0), AtomicU64::new(0));
     let total = Mutex::new(Outcome::default());
     let failed = Mutex::new(Vec::new());
@@ -94,6 +143,7 @@ fn soak(first: u64, seeds: u64, minutes: f64, threads: usize, failures: usize, t
                     if seed - first >= seeds {
                         break;
                     }
+                    SEED.with(|s| s.set(seed));
                     match history::attempt(seed, &BTreeSet::new()) {
                         Ok(outcome) => {
                             mine.coverage.add(&outcome.coverage);

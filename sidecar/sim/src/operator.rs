@@ -212,6 +212,7 @@ impl World {
         }
         self.note(|| format!("site {s} is told to serve on"));
         self.ctx.cov.hit("a person reclaims");
+        self.ctx.truth.reclaims += 1;
         let activation = ActivationId(self.ctx.id());
         // The migration is over: what executes elsewhere is not served by this side any more.
         if let Some(m) = self.moving.filter(|m| m.from == s) {

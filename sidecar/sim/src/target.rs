@@ -288,6 +288,7 @@ impl Target {
                 self.waiting = Some(waiting);
                 return None;
             }
+            Err(ReplicaError::BadList(what)) => panic!("I4: a list that nobody damaged is wrong: {what}"),
             Err(error) => {
                 self.error(ctx, &error);
                 Verdict::Conflict(error.to_string())

@@ -83,6 +83,8 @@ pub struct Truth {
     pub promised: [Option<Generation>; 2],
     /// Epoch counters that began with a person's decision against a side that could not be asked: a promotion, a reclaim.
     pub unfenced: std::collections::BTreeSet<u64>,
+    /// Times that a person told an active side to serve on; only that can raise one counter at two sides.
+    pub reclaims: u64,
     /// Guest writes are numbered.
     pub next_write: u64,
 }

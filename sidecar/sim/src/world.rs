@@ -184,6 +184,11 @@ impl World {
         };
         if let (Some(a), Some(b)) = (serving(&self.nodes[0]), serving(&self.nodes[1])) {
             assert!(a != b, "I6: both sides serve in epoch {a:?}");
+            assert!(
+                a.counter != b.counter || self.ctx.truth.reclaims > 0,
+                "I6: both sides serve under counter {} and nobody reclaimed",
+                a.counter
+            );
             let higher = a.counter.max(b.counter);
             self.ctx.cov.hit(if a.counter == b.counter {
                 "diverged: two sides serve under one counter"
