@@ -55,5 +55,5 @@ demo: ## move a running VM over an emulated WAN, with a progress view, and compa
 
 soak: ## the long tests: 200 kills and 20 moves on real QEMU, millions of simulated histories (as root; ARGS narrows the first)
 	e2e/setup.sh test
-	cargo run --release -p watari-sim -- soak --minutes $(MINUTES) --seeds $(SEEDS)
+	cargo run --profile soak -p watari-sim -- soak --minutes $(MINUTES) --seeds $(SEEDS)
 	cargo run --release -p watari-e2e --bin watari-soak -- $(ARGS)

@@ -16,6 +16,8 @@ use watari_sim::{coverage::REQUIRED, history};
 
 /// Wall clock that the budget may take.
 const BUDGET: Duration = Duration::from_secs(30);
+/// And the most that it may take.
+const BUDGET_MAX: Duration = Duration::from_secs(240);
 /// Histories at least, however slow the machine.
 const HISTORIES_MIN: u64 = 400;
 
@@ -29,9 +31,13 @@ fn random_histories_keep_every_invariant_and_come_to_rest() {
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                while (began.elapsed() < BUDGET || ran.load(SeqCst) < HISTORIES_MIN)
-                    && failed.lock().unwrap().is_empty()
-                {
+                // A slow machine runs on until everything that must be reached was, within reason.
+                let more = || {
+                    let reached = || total.lock().unwrap().coverage.missing(REQUIRED).is_empty();
+                    began.elapsed() < BUDGET
+                        || began.elapsed() < BUDGET_MAX && (ran.load(SeqCst) < HISTORIES_MIN || !reached())
+                };
+                while more() && failed.lock().unwrap().is_empty() {
                     let seed = seeds.fetch_add(1, SeqCst);
                     match history::attempt(seed, &BTreeSet::new()) {
                         Ok(outcome) => {

@@ -26,13 +26,13 @@ pub enum Event {
     GuestAttached,
     GuestLeft(Detach),
     GuestWantsWrite,
-    /// A connection stands and the peer said Hello. `data` exists where we dialled.
+    /// A connection stands and the peer said Hello. `data` exists where we dialled, with what we said of ourselves then.
     LinkOpened {
         link: LinkId,
         peer: String,
         hello: Box<Hello>,
         control: ControlSender,
-        data: Option<DataPool>,
+        data: Option<(DataPool, Box<Hello>)>,
     },
     LinkMessage(LinkId, Box<ControlMessage>),
     LinkClosed(LinkId, String),

@@ -66,6 +66,11 @@ pub struct Source {
     link: Option<(ControlSender, DataPool)>,
     reads: usize,
     known_site: Option<bytes::Bytes>,
+    /// Generations whose lists this session sent since the last one that was forgotten: one of them may be committed at the
+    /// peer without our having heard. Any other came from somebody else.
+    listed: Vec<Generation>,
+    /// Generations given up, as last looked at.
+    given_up: u64,
     /// Generations that somebody waits for, with the number they want committed.
     remainder_told: Option<Generation>,
     next_supersede_millis: u64,
@@ -119,6 +124,8 @@ impl Source {
             link: None,
             reads: 0,
             known_site: None,
+            listed: Vec::new(),
+            given_up: 0,
             remainder_told: None,
             next_supersede_millis: 0,
             level,
@@ -209,7 +216,7 @@ impl Source {
         let held: Option<&dyn Fn(Sequence) -> bool> = if ours { Some(&held) } else { None };
         self.primary.link_up(now, &shared.tracker, held, committed, &|s| kept.contains_key(&s));
         let awaited = matches!(self.primary.phase(), Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } if *generation == committed);
-        if known && committed.number >= base.number {
+        if known && (committed == base || awaited || self.listed.contains(&committed)) {
             if committed != base && !awaited {
                 self.primary.rebase(committed);
             }
@@ -328,6 +335,7 @@ impl Source {
     /// After the fdatasync that follows a commit: marks and cold regions are forgotten (I5).
     pub fn disks_synced(&mut self) {
         self.primary.forget(&self.shared.tracker);
+        self.listed.clear();
         self.kept.clear();
         if self.compare.is_empty() {
             self.full_compare = None;
@@ -370,6 +378,12 @@ impl Source {
             if self.shared.preserve.lost() {
                 self.give_up();
             }
+            // The core gives a generation up by itself, too (a link that came back, a lost frame, a new epoch): what was
+            // preserved for it belongs to no other.
+            if self.given_up != self.primary.counters.given_up {
+                self.given_up = self.primary.counters.given_up;
+                self.shared.preserve.clear();
+            }
             let preserved = self.shared.preserve.blocks();
             if self.reads >= READS_MAX
                 && !matches!(self.primary.phase(), Phase::Committing { .. } | Phase::Forgetting { .. })
@@ -397,6 +411,7 @@ impl Source {
                     }
                 }
                 Step::Commit { list, cut_at_millis } => {
+                    self.listed.push(list.generation);
                     self.send_list(&list.generation, &list.parent, &list.entries, list.root, cut_at_millis);
                 }
                 Step::SyncDisks => self.sync_disks(),

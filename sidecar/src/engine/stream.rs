@@ -189,6 +189,7 @@ async fn one_link(dialer: &mut Dialer, address: &str) -> Result<(), String> {
     let Connection { channel, peer } = connect().await.map_err(|e| e.to_string())?;
     let (control, outgoing) = mpsc::unbounded_channel();
     let hello = dialer.hello.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let said = Box::new(hello.clone());
     control.send(message(Body::Hello(hello))).map_err(|_| "stopping".to_owned())?;
     let mut client = limits(ReplicationClient::new(channel));
     let mut incoming = client.control(UnboundedReceiverStream::new(outgoing)).await.map_err(words)?.into_inner();
@@ -200,7 +201,7 @@ async fn one_link(dialer: &mut Dialer, address: &str) -> Result<(), String> {
         streams.push(data_call(limits(ReplicationClient::new(channel)), dialer.throttle.clone(), broken.clone()));
     }
     let link = next_link();
-    let data = Some(DataPool { streams: streams.into() });
+    let data = Some((DataPool { streams: streams.into() }, said));
     let peer = format!("{} ({})", peer.address, peer.identity.site);
     (dialer.post)(Event::LinkOpened { link, peer, hello: Box::new(hello), control, data });
     let reason = tokio::select! {

@@ -352,6 +352,10 @@ impl Target {
 
     /// Said when it changed.
     pub fn news(&mut self) -> Option<Body> {
+        if !self.full.is_empty() && self.has_room() {
+            // A source that was told to wait sends nothing that could show that there is room again: it may try.
+            self.room();
+        }
         let full = !self.full.is_empty();
         if full == self.told_full {
             return None;

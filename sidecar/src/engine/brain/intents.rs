@@ -136,7 +136,9 @@ impl Brain {
         if role.is_active_side() {
             self.conditions.clear("Diverged");
             let text = "this side serves on at a higher epoch; if the target was activated meanwhile it is fenced at the next contact";
-            return self.answer_with(handover::Event::Reclaim { activation }, answer, text);
+            self.answer_with(handover::Event::Reclaim { activation }, answer, text);
+            // The peer learns the new epoch from a new Hello; on this link it would refuse every frame.
+            return self.hang_up();
         }
         let text = "voided: this side will never activate in that handover";
         self.answer_with(handover::Event::WantVoid { activation }, answer, text);

@@ -83,8 +83,15 @@ impl Brain {
         peer: String,
         hello: &Hello,
         control: ControlSender,
-        data: Option<DataPool>,
+        data: Option<(DataPool, Box<Hello>)>,
     ) {
+        let now = self.our_hello(Vec::new());
+        if let Some((_, said)) = &data
+            && (said.role, &said.epoch, said.floor) != (now.role, &now.epoch, now.floor)
+        {
+            // What we said while dialling is not true any more: say it anew.
+            return self.parts.post_later(Duration::ZERO);
+        }
         if let Some((reason, text)) = self.unacceptable(hello) {
             self.conditions.set("PeerRefused", reason, &text, "correct the configuration named in the message");
             let refused = Refused { reason: reason.into(), text };
@@ -115,7 +122,7 @@ impl Brain {
         }
         self.confirmed();
         match data {
-            Some(data) => self.met_as_dialer(hello, control, data, takes_frames, same_history),
+            Some((data, _)) => self.met_as_dialer(hello, control, data, takes_frames, same_history),
             None => self.met_as_listener(hello),
         }
     }
@@ -168,6 +175,14 @@ impl Brain {
         for disk in self.parts.disks.iter() {
             disk.release();
         }
+    }
+
+    /// End the link on our own account; whoever is the active side dials again.
+    pub(super) fn hang_up(&mut self) {
+        if self.link.is_some() {
+            self.drop_link();
+        }
+        self.parts.post_later(Duration::ZERO);
     }
 
     fn drop_link(&mut self) {
