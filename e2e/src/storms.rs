@@ -89,6 +89,13 @@ fn compare(pair: &mut Pair, source: usize, guest: &mut Control) -> anyhow::Resul
     guest.pause(ANSWER)?;
     pair.wait(source, "the link", Duration::from_secs(60), |r| r.link.connected)?;
     pair.cut(source)?;
+    replica_is_equal(pair, source)?;
+    guest.resume()?;
+    Ok(())
+}
+
+/// Everything that `source` has committed is applied at the other end, and the images are the same.
+fn replica_is_equal(pair: &mut Pair, source: usize) -> anyhow::Result<()> {
     let committed = pair.report(source)?.generations.committed_number;
     pair.wait(1 - source, "the replica to apply it", Duration::from_secs(60), |r| {
         let applied = r.replica.as_ref().and_then(|p| p.applied.split('.').nth(1).and_then(|n| n.parse::<u64>().ok()));
@@ -97,7 +104,6 @@ fn compare(pair: &mut Pair, source: usize, guest: &mut Control) -> anyhow::Resul
     for disk in 0..pair.options.disks.len() {
         same(&pair.image(source, disk), &pair.image(1 - source, disk))?;
     }
-    guest.resume()?;
     Ok(())
 }
 
@@ -236,14 +242,7 @@ pub fn handovers(rounds: u32, seed: u64) -> anyhow::Result<Tally> {
         from = to;
     }
     pair.cut(from)?;
-    let committed = pair.report(from)?.generations.committed_number;
-    pair.wait(1 - from, "the replica to apply it", Duration::from_secs(60), |r| {
-        let applied = r.replica.as_ref().and_then(|p| p.applied.split('.').nth(1).and_then(|n| n.parse::<u64>().ok()));
-        applied.is_some_and(|n| n >= committed)
-    })?;
-    for disk in 0..pair.options.disks.len() {
-        same(&pair.image(from, disk), &pair.image(1 - from, disk))?;
-    }
+    replica_is_equal(&mut pair, from)?;
     Ok(tally)
 }
 

@@ -464,12 +464,6 @@ impl<M: Maps> Tracker<M> {
         self.set(disk, self.current_name(), extent.start, Block(extent.end().0 - 1));
     }
 
-    /// Put blocks back into the open generation (their staging was lost, their content on disk is still that of the cut).
-    pub fn refreeze(&self, disk: DiskIndex, extent: Extent) {
-        assert!(self.open.load(SeqCst), "refreeze belongs to an open generation");
-        self.set(disk, self.frozen_name(), extent.start, Block(extent.end().0 - 1));
-    }
-
     /// Drop every mark of a disk: only when the content is proven identical at both sites (a new base).
     pub fn clear_all(&self) {
         self.close_gate();

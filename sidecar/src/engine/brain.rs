@@ -124,8 +124,6 @@ pub struct Parts {
     pub report: Arc<Mutex<Report>>,
     /// What a start as source must do before the marks can be believed.
     pub baseline: Baseline,
-    /// Whether this process has a guest's front end at all.
-    pub front_end: bool,
     /// Nothing shows that a guest was served a moment ago (a worker that restarts under its QEMU): the peer is asked first
     /// whether it was promoted meanwhile.
     pub fresh_boot: bool,
@@ -435,7 +433,6 @@ impl Brain {
             base: base.unwrap_or(record.base),
             next_number: record.numbers_reserved,
             numbers_reserved: record.numbers_reserved,
-            folder: self.parts.config.folder.clone(),
             level: Some(super::level(&self.parts.config)),
         };
         let mut source =

@@ -6,7 +6,6 @@
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
     sync::{Arc, atomic::Ordering::SeqCst},
     thread,
 };
@@ -75,7 +74,6 @@ pub struct Source {
     remainder_told: Option<Generation>,
     next_supersede_millis: u64,
     pub level: Option<i32>,
-    folder: PathBuf,
     epoch: u64,
     session: Session,
     pub full_compare: Option<FullCompare>,
@@ -92,7 +90,6 @@ pub struct Begin {
     pub base: Generation,
     pub next_number: GenerationNumber,
     pub numbers_reserved: GenerationNumber,
-    pub folder: PathBuf,
     pub level: Option<i32>,
 }
 
@@ -108,7 +105,7 @@ pub enum Asked {
 
 impl Source {
     pub fn new(begin: Begin, shared: Arc<Shared>, disks: Arc<Vec<GateDisk>>, post: Post) -> Self {
-        let Begin { limits, epoch, session, base, next_number, numbers_reserved, folder, level } = begin;
+        let Begin { limits, epoch, session, base, next_number, numbers_reserved, level } = begin;
         let digests: Arc<DigestBook> = Arc::default();
         let readers = Readers::start(&shared, &disks, &digests, &post);
         Source {
@@ -129,7 +126,6 @@ impl Source {
             remainder_told: None,
             next_supersede_millis: 0,
             level,
-            folder,
             epoch,
             session,
             full_compare: None,
@@ -144,10 +140,6 @@ impl Source {
 
     pub fn session(&self) -> Session {
         self.session
-    }
-
-    pub fn folder(&self) -> &PathBuf {
-        &self.folder
     }
 
     /// Everything may differ: mark it all and compare by digest before sending.
@@ -426,7 +418,7 @@ impl Source {
             return Asked::Numbers;
         }
         let dirty =
-            self.shared.tracker.current_blocks() + self.shared.tracker.frozen_blocks() + preserved_now(&self.shared);
+            self.shared.tracker.current_blocks() + self.shared.tracker.frozen_blocks() + self.shared.preserve.blocks();
         if self.shared.tracker.is_sealed()
             && self.shared.tracker.writes_in_flight() == 0
             && let Some(generation) = self.primary.remainder(dirty)
@@ -490,8 +482,4 @@ impl Source {
             (self.post)(Event::DisksSynced(Err(error.to_string())));
         }
     }
-}
-
-fn preserved_now(shared: &Shared) -> u64 {
-    shared.preserve.blocks()
 }

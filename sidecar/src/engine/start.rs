@@ -216,7 +216,6 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         throttle: throttle.clone(),
         report: report.clone(),
         baseline,
-        front_end,
         fresh_boot: fresh,
     };
     // The listener first: a port in use is a refusal, not a surprise later.
