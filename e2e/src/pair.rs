@@ -258,9 +258,7 @@ impl<'a> Pair<'a> {
                 && r.generations.lag_bytes < 8 << 20
                 && r.generations.committed_number > 0
         })?;
-        self.wait(to, "the target to be attachable", Duration::from_secs(20), |r| {
-            r.role == "Replica" && r.link.connected
-        })?;
+        self.wait(to, "the target to be attachable", Duration::from_secs(20), |r| r.attachable && r.link.connected)?;
         let converge_seconds = began.elapsed().as_secs_f64();
         let target = Qemu::start(self.site(to), &format!("vm-{tag}"), machine, &self.backings(to), Start::Incoming)?;
         let options = MigrationOptions::default();

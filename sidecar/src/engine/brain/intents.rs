@@ -46,6 +46,8 @@ impl Brain {
             }
             None => {
                 self.perform(actions);
+                // Whoever was told may look at once: the report must not still show what was before.
+                self.make_report();
                 let _ = answer.send(Ok(Outcome::Done(done.to_owned())));
             }
         }
