@@ -78,6 +78,7 @@ mod cpio;
 pub mod guest;
 pub mod image;
 pub mod libvirt;
+pub mod nbd;
 pub mod netns;
 pub mod pair;
 pub mod process;

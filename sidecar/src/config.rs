@@ -58,6 +58,8 @@ pub struct Config {
     pub preserve: Preserve,
     /// Room for staged and unapplied frames at a replica; must hold the largest delta.
     pub journal_bytes: u64,
+    /// How much of the disks is compared with the replica per second where nobody writes; 0: never.
+    pub verify_bytes_per_second: u64,
     pub retention: Retention,
     pub hook: Option<Hook>,
     pub control_socket: PathBuf,

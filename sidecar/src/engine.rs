@@ -2,7 +2,7 @@
 //!
 //! - `start`: from a configuration to a running worker.
 //! - `brain`: the one loop that owns role, link and duty; `source` and `target` are the two duties.
-//! - `gate`, `tracking`, `preserve`, `remote`: what a guest's request meets.
+//! - `gate`, `connections`, `tracking`, `preserve`, `remote`, `latency`: what a guest's request meets.
 //! - `generations`: what a replica keeps, read-only over NBD.
 //! - `build`: from blocks to frames. `stream`: gRPC. `convert`: core types and wire types.
 //! - `steering`: how the outside asks and looks; [`handle`] is its implementation.
@@ -11,6 +11,7 @@ pub mod brain;
 pub mod build;
 mod clock;
 mod conditions;
+pub mod connections;
 mod convert;
 pub mod event;
 pub mod folder;
@@ -18,6 +19,7 @@ pub mod gate;
 pub mod generations;
 pub mod handle;
 pub mod hooking;
+pub mod latency;
 pub mod preserve;
 pub mod remote;
 pub mod source;
@@ -27,18 +29,6 @@ pub mod stream;
 pub mod target;
 pub mod tracking;
 
-use crate::config::Config;
-
 /// Exit code of a worker whose role record or disks failed at a point where nothing may follow: the supervisor starts it
 /// again, and it goes on from what is durable.
 pub const EXIT_RECORD: i32 = 70;
-
-/// zstd level for a configuration: a slow link is worth more of the CPU.
-fn level(config: &Config) -> i32 {
-    const SLOW_BITS_PER_SECOND: u64 = 200_000_000;
-    match config.bandwidth.base.bits() {
-        0 => -1,
-        bits if bits <= SLOW_BITS_PER_SECOND => 1,
-        _ => -5,
-    }
-}

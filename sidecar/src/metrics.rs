@@ -165,6 +165,7 @@ impl Collector for ReportCollector {
         disks(&mut families, &self.0)?;
         generations(&mut families, &self.0)?;
         link(&mut families, &self.0)?;
+        verification(&mut families, &self.0)?;
         replica(&mut families, &self.0)
     }
 }
@@ -261,6 +262,22 @@ fn link(families: &mut Families, report: &Report) -> fmt::Result {
         transfer.preserve_bytes as f64,
     )?;
     families.gauge("watari_preserve_limit_bytes", "The bound of that", transfer.preserve_limit_bytes as f64)
+}
+
+fn verification(families: &mut Families, report: &Report) -> fmt::Result {
+    let Some(verification) = &report.verification else { return Ok(()) };
+    families.gauge("watari_verify_pass_bytes", "Compared in this pass", verification.pass_bytes as f64)?;
+    families.gauge("watari_verify_total_bytes", "Size of a whole pass", verification.pass_total_bytes as f64)?;
+    families.gauge(
+        "watari_verify_proved_timestamp_seconds",
+        "When the last pass began that found all disks identical; 0: none yet",
+        verification.proved_unix_millis as f64 / 1000.0,
+    )?;
+    families.counter(
+        "watari_verify_differed_blocks",
+        "Blocks of the replica that were not what was sent",
+        verification.differed_blocks,
+    )
 }
 
 fn replica(families: &mut Families, report: &Report) -> fmt::Result {

@@ -6,6 +6,7 @@
 
 pub mod backoff;
 pub mod bucket;
+pub mod effort;
 pub mod schedule;
 
 use std::{
@@ -61,11 +62,29 @@ impl fmt::Display for Limit {
     }
 }
 
+#[derive(Clone, Copy)]
+struct Wanted {
+    limit: Limit,
+    ceiling_bits_per_second: Option<u64>,
+}
+
+impl Wanted {
+    fn effective(self) -> Limit {
+        match (self.limit, self.ceiling_bits_per_second) {
+            (limit, None) | (limit @ Limit::Paused, _) => limit,
+            (Limit::Unlimited, Some(ceiling)) => Limit::BitsPerSecond(ceiling.max(1)),
+            (Limit::BitsPerSecond(bits), Some(ceiling)) => Limit::BitsPerSecond(bits.min(ceiling).max(1)),
+        }
+    }
+}
+
 /// A token bucket with waiting. Waiters are served in the order in which they came, async and blocking ones each among
 /// themselves; a change of the limit wakes them at once.
 pub struct Throttle {
     origin: Instant,
     bucket: Mutex<TokenBucket>,
+    /// What people allow, and what our own good manners make of it.
+    wanted: Mutex<Wanted>,
     /// Async waiters queue here; only the first one sleeps on the bucket.
     turn: TurnLock<()>,
     changed: Notify,
@@ -77,18 +96,39 @@ impl Throttle {
         Throttle {
             origin: Instant::now(),
             bucket: Mutex::new(TokenBucket::new(limit, Duration::ZERO)),
+            wanted: Mutex::new(Wanted { limit, ceiling_bits_per_second: None }),
             turn: TurnLock::new(()),
             changed: Notify::new(),
             changed_blocking: Condvar::new(),
         }
     }
 
+    /// What people allow.
     pub fn limit(&self) -> Limit {
+        self.wanted().limit
+    }
+
+    /// What holds now: the limit, or a ceiling below it.
+    pub fn effective(&self) -> Limit {
         self.bucket().limit()
     }
 
     /// Takes effect for those who wait already.
     pub fn set_limit(&self, limit: Limit) {
+        self.change(|w| w.limit = limit);
+    }
+
+    /// Give way: no more than this, whatever the limit allows; `None`: the limit alone.
+    pub fn set_ceiling(&self, bits_per_second: Option<u64>) {
+        self.change(|w| w.ceiling_bits_per_second = bits_per_second);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Wanted)) {
+        let limit = {
+            let mut wanted = self.wanted();
+            change(&mut wanted);
+            wanted.effective()
+        };
         let now = self.now();
         let mut bucket = self.bucket();
         if bucket.limit() != limit {
@@ -130,6 +170,10 @@ impl Throttle {
 
     fn now(&self) -> Duration {
         self.origin.elapsed()
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The bucket holds plain numbers and is valid after any panic.

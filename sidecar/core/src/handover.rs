@@ -23,168 +23,13 @@ use alloc::{vec, vec::Vec};
 
 use crate::{
     geometry::{ActivationId, Epoch, Generation},
+    primary::Pace,
     record::{Id, Role, RoleRecord},
 };
 
-/// What one side tells the other about the right to write. Each carries what makes it stale-proof.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Message {
-    /// Source: `HandoverOpen` is durable at this epoch.
-    Open { handover: Id, epoch: Epoch },
-    /// Target: the incoming QEMU is connected.
-    Attached { handover: Id },
-    /// Source: the outgoing QEMU flushed and left.
-    QemuLeft { handover: Id },
-    /// Target: asks for the right to write. Only a grant with this nonce and session counts.
-    Acquire { handover: Id, nonce: Id, session: u64 },
-    /// Source: sealed at `epoch`; everything it ever acknowledged is in `generation`.
-    Grant { handover: Id, nonce: Id, session: u64, epoch: Epoch, generation: Generation },
-    /// Target: it is the active side now, at `epoch`, beginning from `generation`.
-    Activated { handover: Id, epoch: Epoch, generation: Generation },
-    /// Source: `Released` is durable.
-    Released { handover: Id },
-    /// Target: this handover is void; no Activate at `epoch` will ever be accepted by it.
-    Void { handover: Id, epoch: u64 },
-    /// Source: it serves on, at this epoch.
-    Voided { handover: Id, epoch: Epoch },
-}
+mod words;
 
-/// What happened. Random bits come in with the events that need them.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Event {
-    /// The operator (or a person) opens a handover at the source.
-    OpenHandover {
-        handover: Id,
-    },
-    /// A QEMU connected at a side that does not serve.
-    GuestAttached,
-    /// The last QEMU left (source: after a flush, cleanly; target: for any reason).
-    GuestLeft,
-    /// The attached guest wants to write, or to read after the source's QEMU left, or the operator saw it running here,
-    /// or a stopped VM shall start here (`handover` is then made up by the caller and opened by the peer on request).
-    WantWrite {
-        nonce: Id,
-    },
-    /// The operator says that the migration failed and no QEMU runs here.
-    WantVoid {
-        activation: ActivationId,
-    },
-    /// A person or the operator promotes this side to a kept generation (already chosen).
-    Promote {
-        generation: Generation,
-    },
-    /// The image equals the generation that `Promoting` names.
-    Rolled {
-        activation: ActivationId,
-    },
-    /// A person decides that this active side serves on, whatever an open handover may still lead to (its target is
-    /// gone), or that it wins over a diverged one.
-    Reclaim {
-        activation: ActivationId,
-    },
-    /// A person lets the divergent writes of this fenced side be overwritten.
-    AcceptDivergence,
-    /// Sealed: no guest write is in flight, and everything is in `generation`, whose commit list has been sent.
-    RemainderSent {
-        generation: Generation,
-    },
-    /// Target: `generation` is committed, fully applied, durable, the journal retired.
-    Applied {
-        generation: Generation,
-        activation: ActivationId,
-    },
-    /// `Released`: the folder is a replica's now.
-    Adopted,
-    /// A connection to the peer stands and its record is known.
-    Met {
-        peer: Peer,
-        activation: ActivationId,
-    },
-    /// The connection is gone.
-    Parted,
-    Received(Message, ActivationId),
-}
-
-/// The peer's durable record as far as it matters here.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct Peer {
-    pub epoch: Epoch,
-    pub floor: u64,
-    pub role: PeerRole,
-    /// Newest generation committed there, or from which it serves.
-    pub generation: Generation,
-}
-
-/// The peer's role with the names that tie it to ours.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum PeerRole {
-    Active { handover: Option<Id> },
-    Sealed { handover: Id },
-    Replica,
-    Voided { handover: Id },
-    Fenced,
-    Released { handover: Id },
-}
-
-/// What the guest's front end does with requests.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Gate {
-    /// Local disk, tracked.
-    Serve,
-    /// No front end request is taken to the disk: held up to 20 s, then EIO. FLUSH succeeds.
-    Hold,
-    /// Attached: reads are served by the peer, writes are held and cause an Acquire.
-    Remote,
-    /// EIO for good, to every connection that was made before; no write that passed the gate is admitted any more.
-    Dead,
-}
-
-/// What must be done, in this order.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Action {
-    /// Write the record durably; nothing after this happens before it is.
-    Persist(RoleRecord),
-    Send(Message),
-    Gate(Gate),
-    /// Generations without pause, early staging between them, or back to the interval.
-    Converge(bool),
-    /// Stop admitting writes, drain, cut, send the rest and its commit list, then [`Event::RemainderSent`].
-    SealAndSend,
-    /// Admit writes again.
-    Unseal,
-    /// Wait for the writes that were admitted before a seal or fence, then fdatasync every disk; nothing after this
-    /// happens before it returned.
-    SyncDisks,
-    /// Commit and apply up to exactly this generation, then [`Event::Applied`].
-    ApplyUpTo(Generation),
-    /// Make the image equal to this kept generation, then [`Event::Rolled`].
-    RollTo(Generation),
-    /// Source duties begin here: fresh maps, everything equal to `base` at the peer (`None`: the peer must be compared).
-    BecomeSource {
-        base: Option<Generation>,
-    },
-    /// Replica duties begin here: the disks hold `generation` (plus listed divergence), then [`Event::Adopted`].
-    BecomeReplica {
-        generation: Generation,
-    },
-    /// The peer is too old or too new to talk to; say so and close.
-    Refuse(&'static str),
-    /// A condition for people.
-    Report(Condition),
-}
-
-/// What a person should know (I9).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Condition {
-    /// Two sides raised the same counter apart from each other.
-    Diverged,
-    /// This side was replaced by a promotion it did not see.
-    Fenced,
-    /// Promoted without the former source's consent.
-    Unfenced,
-    /// This side asked for the right to write and has no answer.
-    WaitingForGrant,
-}
+pub use words::{Action, Condition, Event, Gate, Message, Peer, PeerRole};
 
 /// One side: its durable record and what it knows until the next restart.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -200,6 +45,8 @@ pub struct Site {
     granted: Option<(Epoch, Generation)>,
     /// Source: the grant to repeat.
     remainder: Option<Generation>,
+    /// Source: its QEMU flushed and left; repeated at each contact, since an idle guest at the target has no other sign.
+    left: bool,
     session: u64,
 }
 
@@ -214,6 +61,7 @@ impl Site {
             asked: None,
             granted: None,
             remainder: None,
+            left: false,
             session,
         }
     }
@@ -256,7 +104,7 @@ impl Site {
     pub fn resume(&mut self) -> Vec<Action> {
         match self.record.role.clone() {
             Role::Sealed { .. } => vec![Action::Gate(Gate::Hold), Action::SealAndSend],
-            Role::HandoverOpen { .. } => vec![Action::Gate(Gate::Serve), Action::Converge(true)],
+            Role::HandoverOpen { .. } => vec![Action::Gate(Gate::Serve), Action::Converge(Pace::Generations)],
             Role::Released { generation, .. } => {
                 vec![Action::Gate(Gate::Dead), Action::BecomeReplica { generation }]
             }
@@ -308,10 +156,12 @@ impl Site {
         match self.record.role {
             Role::Serving if !self.record.untracked => {
                 let epoch = self.record.epoch;
+                // Whatever left in an earlier handover says nothing about this one.
+                self.left = false;
                 vec![
                     self.become_role(Role::HandoverOpen { handover }, epoch),
                     Action::Send(Message::Open { handover, epoch }),
-                    Action::Converge(true),
+                    Action::Converge(Pace::Generations),
                 ]
             }
             Role::HandoverOpen { handover: now } if now == handover => {
@@ -329,6 +179,7 @@ impl Site {
     }
 
     fn guest_attached(&mut self) -> Vec<Action> {
+        self.left = false;
         if let (Role::Replica, Some((handover, _))) = (&self.record.role, self.offered) {
             self.attached = true;
             return vec![Action::Gate(Gate::Remote), Action::Send(Message::Attached { handover })];
@@ -336,10 +187,20 @@ impl Site {
         Vec::new()
     }
 
+    /// What a target must hear at each contact.
+    fn offer(&self, handover: Id) -> Vec<Action> {
+        let mut actions = vec![Action::Send(Message::Open { handover, epoch: self.record.epoch })];
+        if self.left {
+            actions.push(Action::Send(Message::QemuLeft { handover }));
+        }
+        actions
+    }
+
     fn guest_left(&mut self) -> Vec<Action> {
         self.attached = false;
         match self.record.role {
             Role::HandoverOpen { handover } | Role::Sealed { handover, .. } => {
+                self.left = true;
                 vec![Action::Send(Message::QemuLeft { handover })]
             }
             Role::Serving
@@ -451,7 +312,7 @@ impl Site {
         let counter = self.record.floor.max(self.record.epoch.counter + above);
         let mut actions = vec![
             self.become_role(Role::Serving, Epoch { counter, activation }),
-            Action::Converge(false),
+            Action::Converge(Pace::Interval),
             Action::Unseal,
             Action::Gate(Gate::Serve),
         ];
@@ -527,7 +388,7 @@ impl Site {
                     self.fenced_by(theirs, peer.floor)
                 }
                 _ if theirs.counter == mine.counter && theirs.activation != mine.activation => diverged(),
-                _ => vec![Action::Send(Message::Open { handover, epoch: mine })],
+                _ => self.offer(handover),
             },
             Role::Sealed { handover, nonce, session } => match peer.role {
                 PeerRole::Voided { handover: h } if h == handover => self.voided_by(h, peer.floor, activation),
@@ -538,7 +399,7 @@ impl Site {
                 }
                 _ if theirs.counter > mine.counter => self.fenced_by(theirs, peer.floor),
                 _ => {
-                    let mut actions = vec![Action::Send(Message::Open { handover, epoch: mine })];
+                    let mut actions = self.offer(handover);
                     if let Some(generation) = self.remainder {
                         let epoch = mine;
                         actions.push(Action::Send(Message::Grant { handover, nonce, session, epoch, generation }));
@@ -602,7 +463,11 @@ impl Site {
                 }
                 actions
             }
-            Message::Attached { .. } | Message::QemuLeft { .. } | Message::Released { .. } => Vec::new(),
+            Message::Attached { handover } => match self.record.role {
+                Role::HandoverOpen { handover: h } if h == handover => vec![Action::Converge(Pace::Staging)],
+                _ => Vec::new(),
+            },
+            Message::QemuLeft { .. } | Message::Released { .. } => Vec::new(),
             Message::Acquire { handover, nonce, session } => self.acquire(handover, nonce, session),
             Message::Grant { handover, nonce, session, epoch, generation } => {
                 let mine =
@@ -676,7 +541,7 @@ impl Site {
                 let epoch = Epoch { counter: floor.max(self.record.epoch.counter + 2), activation };
                 vec![
                     self.become_role(Role::Serving, epoch),
-                    Action::Converge(false),
+                    Action::Converge(Pace::Interval),
                     Action::Unseal,
                     Action::Gate(Gate::Serve),
                     Action::Send(Message::Voided { handover, epoch }),

@@ -130,7 +130,7 @@ fn a_handover_opens_durably_before_the_target_hears_of_it() {
     holds_together(&s, &actions);
     assert_eq!(s.record().role, Role::HandoverOpen { handover: H });
     assert_eq!(sends(&actions), vec![Message::Open { handover: H, epoch: epoch(1) }]);
-    assert!(actions.contains(&Action::Converge(true)));
+    assert!(actions.contains(&Action::Converge(Pace::Generations)));
 }
 
 #[test]
@@ -316,6 +316,40 @@ fn the_source_says_that_its_qemu_left_and_neither_seals_nor_grants_by_itself() {
         assert_eq!(s.record().role, role);
     }
     assert!(site(Role::Serving, 1).apply(Event::GuestLeft).is_empty());
+}
+
+#[test]
+fn that_the_qemu_left_is_said_again_at_each_contact_until_one_is_back() {
+    for role in [Role::HandoverOpen { handover: H }, sealed()] {
+        let mut s = site(role, 1);
+        let left = Message::QemuLeft { handover: H };
+        assert!(!sends(&met(&mut s, peer(PeerRole::Replica, 1))).contains(&left));
+        s.apply(Event::GuestLeft);
+        assert!(sends(&met(&mut s, peer(PeerRole::Replica, 1))).contains(&left));
+        s.apply(Event::GuestAttached);
+        assert!(!sends(&met(&mut s, peer(PeerRole::Replica, 1))).contains(&left));
+    }
+}
+
+#[test]
+fn what_left_in_a_voided_handover_says_nothing_about_the_next_one() {
+    let mut s = site(Role::HandoverOpen { handover: H }, 1);
+    s.apply(Event::GuestLeft);
+    received(&mut s, Message::Void { handover: H, epoch: 2 });
+    s.apply(Event::OpenHandover { handover: [77; 16] });
+    let epoch = s.record().epoch;
+    let replica = Peer { epoch, ..peer(PeerRole::Replica, 3) };
+    assert_eq!(sends(&met(&mut s, replica)), vec![Message::Open { handover: [77; 16], epoch }]);
+}
+
+#[test]
+fn an_attached_target_changes_the_pace_of_the_handover_it_is_attached_for() {
+    let mut s = site(Role::HandoverOpen { handover: H }, 1);
+    assert_eq!(received(&mut s, Message::Attached { handover: H }), vec![Action::Converge(Pace::Staging)]);
+    assert!(received(&mut s, Message::Attached { handover: [77; 16] }).is_empty());
+    for role in [Role::Serving, sealed(), Role::Replica] {
+        assert!(received(&mut site(role, 1), Message::Attached { handover: H }).is_empty());
+    }
 }
 
 #[test]
@@ -607,7 +641,7 @@ fn roles_that_wait_for_something_else_do_not_move_at_contact() {
 fn every_role_takes_up_after_a_restart_what_it_owes() {
     let expected: Vec<(Role, Vec<Action>)> = vec![
         (Role::Serving, vec![Action::Gate(Gate::Serve)]),
-        (Role::HandoverOpen { handover: H }, vec![Action::Gate(Gate::Serve), Action::Converge(true)]),
+        (Role::HandoverOpen { handover: H }, vec![Action::Gate(Gate::Serve), Action::Converge(Pace::Generations)]),
         (sealed(), vec![Action::Gate(Gate::Hold), Action::SealAndSend]),
         (
             Role::Released { handover: H, generation: G },

@@ -31,3 +31,6 @@ pub const REMOTE_READ_BYTES_MAX: u64 = 4 << 20;
 /// Shortest time between two cuts while converging, in milliseconds: a generation costs the target a few syncs, and a
 /// handover waits for all of them to be applied.
 pub const CONVERGING_PAUSE_MILLIS: u64 = 100;
+/// Time between two cuts while the target's QEMU is attached and everything is staged at once, in milliseconds: what was
+/// staged since the last one is what the target still has to apply after the seal.
+pub const STAGING_CUT_MILLIS: u64 = 2000;

@@ -19,6 +19,10 @@ use crate::{
     tracker::{Maps, Tracker},
 };
 
+mod window;
+
+pub use window::Window;
+
 /// Sequences reserved for one read: it may become a data, a zero and a same frame.
 pub const SEQUENCES_PER_READ: u64 = 3;
 
@@ -30,6 +34,18 @@ pub struct Limits {
     /// Memory and spill for preserved content: a generation that would need more is given up.
     pub preserve_bytes: u64,
     pub paused: bool,
+}
+
+/// How generations follow each other.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Pace {
+    /// One per interval.
+    Interval,
+    /// One after the other: a move is being prepared (design §3.5, *Converging*).
+    Generations,
+    /// The target's QEMU is there, the seal may come at any moment: what is written is staged at once, and a cut is made
+    /// only now and then. So the seal seldom waits for a generation that is on its way, and little is left to apply.
+    Staging,
 }
 
 /// A frame that was sent and is not committed yet.
@@ -88,57 +104,6 @@ pub struct Read {
     pub sequence: Sequence,
 }
 
-/// Flow control: how many bytes may be sent and not yet durable. Two bandwidth-delay products as measured, so that a
-/// cut link costs little to send again (F8) and a long fat one is filled (F7).
-#[derive(Clone, Debug)]
-pub struct Window {
-    rate_bytes_per_second: f64,
-    ack_delay_millis: f64,
-    marks: Vec<(u64, u64)>,
-    delivered: u64,
-}
-
-impl Window {
-    fn new() -> Self {
-        Window { rate_bytes_per_second: 0.0, ack_delay_millis: 1000.0, marks: Vec::new(), delivered: 0 }
-    }
-
-    /// Bytes that may be in flight.
-    pub fn bytes(&self) -> u64 {
-        let bdp = self.rate_bytes_per_second * (self.ack_delay_millis + limits::ACK_SLACK_MILLIS) / 1000.0;
-        ((2.0 * bdp) as u64).clamp(limits::WINDOW_BYTES_MIN, limits::WINDOW_BYTES_MAX)
-    }
-
-    pub fn rate_bytes_per_second(&self) -> f64 {
-        self.rate_bytes_per_second
-    }
-
-    /// `bytes` became durable at `now`; the oldest of them was sent `delay` ago.
-    fn delivered(&mut self, now: u64, bytes: u64, delay: Option<u64>, limited: bool) {
-        self.delivered += bytes;
-        if let Some(delay) = delay {
-            // The smallest delay seen lately is the path's. It may grow by a hundredth per second only: a queue of our own
-            // making must not grow the window that makes it.
-            let seconds = now.saturating_sub(self.marks.last().map_or(now, |(t, _)| *t)).min(10_000) as f64 / 1000.0;
-            self.ack_delay_millis = (self.ack_delay_millis * (1.0 + 0.01 * seconds)).min(delay as f64);
-        }
-        self.marks.push((now, self.delivered));
-        self.marks.retain(|(t, _)| t + limits::RATE_WINDOW_MILLIS >= now);
-        let (t0, d0) = self.marks[0];
-        if now > t0 + limits::RATE_SAMPLE_MILLIS_MIN {
-            let rate = (self.delivered - d0) as f64 * 1000.0 / (now - t0) as f64;
-            // Fast up, slow down: a pause in our own sending is not a slower link.
-            if rate > self.rate_bytes_per_second {
-                self.rate_bytes_per_second = rate;
-            } else if limited {
-                self.rate_bytes_per_second = self.rate_bytes_per_second * 0.9 + rate * 0.1;
-            }
-        } else if self.rate_bytes_per_second == 0.0 {
-            self.rate_bytes_per_second = bytes as f64 * 2.0;
-        }
-    }
-}
-
 /// Progress for reports; nothing is decided from it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Counters {
@@ -174,10 +139,12 @@ pub struct Primary {
     reads: BTreeMap<u64, u64>,
     next_cut_millis: u64,
     demanded: bool,
-    converging: bool,
+    pace: Pace,
     sealing: bool,
     /// Early staging is under way: position of the pass.
     pass: Option<(DiskIndex, Block)>,
+    /// While staging goes on between cuts: when the next pass begins.
+    next_pass_millis: u64,
     /// The current early pass is finished and the next thing is a cut.
     pass_done: bool,
     cursor: (DiskIndex, Block),
@@ -215,9 +182,10 @@ impl Primary {
             reads: BTreeMap::new(),
             next_cut_millis: 0,
             demanded: false,
-            converging: false,
+            pace: Pace::Interval,
             sealing: false,
             pass: None,
+            next_pass_millis: 0,
             pass_done: false,
             cursor: (DiskIndex(0), Block(0)),
             window: Window::new(),
@@ -241,7 +209,7 @@ impl Primary {
         self.linked
     }
     pub fn converging(&self) -> bool {
-        self.converging
+        self.pace != Pace::Interval
     }
 
     /// A generation is needed now, whatever the interval says.
@@ -249,9 +217,9 @@ impl Primary {
         self.demanded = true;
     }
 
-    /// Generations without pause and early staging between them, or back to the interval.
-    pub fn converge(&mut self, on: bool) {
-        self.converging = on;
+    /// From now on generations follow each other at this pace.
+    pub fn converge(&mut self, pace: Pace) {
+        self.pace = pace;
     }
 
     /// The guest is gone for good at this epoch (sealed): the next cut is the last and takes everything.
@@ -655,12 +623,23 @@ impl Primary {
             self.base_cut_millis = now;
             self.next_cut_millis = now + self.limits.interval_millis;
         }
-        let busy_at =
-            self.next_cut_millis.saturating_sub(self.limits.interval_millis) + limits::CONVERGING_PAUSE_MILLIS;
-        let until = if self.converging && !clean { busy_at.min(self.next_cut_millis) } else { self.next_cut_millis };
+        let made_at = self.next_cut_millis.saturating_sub(self.limits.interval_millis);
+        let until = match self.pace {
+            _ if clean => self.next_cut_millis,
+            Pace::Interval => self.next_cut_millis,
+            Pace::Generations => self.next_cut_millis.min(made_at + limits::CONVERGING_PAUSE_MILLIS),
+            Pace::Staging => self.next_cut_millis.min(made_at + limits::STAGING_CUT_MILLIS),
+        };
         if !self.demanded && !self.sealing && now < until {
+            if self.pace == Pace::Staging
+                && room
+                && now >= self.next_pass_millis
+                && let Some(step) = self.stage_on(now, tracker)
+            {
+                return step;
+            }
             // Something may become dirty meanwhile; while converging that is looked for again soon.
-            let soon = if self.converging { now + limits::CONVERGING_PAUSE_MILLIS } else { u64::MAX };
+            let soon = if self.converging() { now + limits::CONVERGING_PAUSE_MILLIS } else { u64::MAX };
             return Step::Wait { until_millis: until.min(soon) };
         }
         // Much to send: stage a first pass before the cut, so that little is left to preserve during the generation.
@@ -678,6 +657,16 @@ impl Primary {
             return Step::Wait { until_millis: u64::MAX };
         }
         Step::Cut { generation: Generation { number: GenerationNumber(self.next_number), epoch: self.epoch } }
+    }
+
+    /// One read of the pass that is under way, or the first of a new one. A block that is written again and again goes
+    /// once per pass, and passes keep a pause.
+    fn stage_on<M: Maps>(&mut self, now: u64, tracker: &Tracker<M>) -> Option<Step> {
+        let step = self.read_current(tracker);
+        if step.is_none() {
+            self.next_pass_millis = now + limits::CONVERGING_PAUSE_MILLIS;
+        }
+        step
     }
 
     fn frame_blocks(&self) -> u64 {

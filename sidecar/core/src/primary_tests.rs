@@ -347,6 +347,46 @@ fn a_large_delta_is_staged_before_the_cut_and_a_small_one_is_not() {
 }
 
 #[test]
+fn while_the_target_is_attached_writes_are_staged_at_once_and_cut_only_now_and_then() {
+    let mut b = Bench::new(64, 1 << 30);
+    b.primary.limits.interval_millis = 60_000;
+    b.commit();
+    b.primary.converge(Pace::Staging);
+    b.write(0, 3);
+    let Step::ReadCurrent { read } = b.poll() else { panic!("staged without a cut") };
+    b.built(&read, false);
+    // The same block again: once per pass, and passes keep a pause.
+    b.write(1, 1);
+    let Step::Wait { until_millis } = b.poll() else { panic!("a pass ends") };
+    b.now = until_millis;
+    let Step::ReadCurrent { read } = b.poll() else { panic!("the next pass") };
+    assert_eq!(read.extents, vec![Extent::new(1, 1)]);
+    b.built(&read, false);
+    assert_eq!(b.tracker.current_blocks(), 0, "all of it is on its way");
+    b.now += limits::STAGING_CUT_MILLIS;
+    let list = b.run_to_commit();
+    assert_eq!(list.entries.len(), 2, "what was staged is committed by the next cut, nothing is read again");
+}
+
+#[test]
+fn a_seal_during_staging_cuts_as_soon_as_the_reads_are_in() {
+    let mut b = Bench::new(64, 1 << 30);
+    b.primary.limits.interval_millis = 60_000;
+    b.commit();
+    b.primary.converge(Pace::Staging);
+    b.write(0, 3);
+    let Step::ReadCurrent { read } = b.poll() else { panic!("staged") };
+    b.write(9, 9);
+    b.tracker.seal();
+    b.primary.seal(true);
+    assert!(matches!(b.poll(), Step::Wait { .. }), "not while a read is outstanding");
+    b.built(&read, false);
+    let list = b.run_to_commit();
+    assert_eq!(list.entries.len(), 2);
+    assert_eq!(b.primary.remainder(0), Some(list.generation));
+}
+
+#[test]
 fn preserved_content_is_sent_first_when_it_fills_its_bound() {
     let mut b = Bench::new(100, 8 * 4096);
     b.write(0, 2);

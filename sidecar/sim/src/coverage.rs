@@ -49,6 +49,7 @@ pub const REQUIRED: &[&str] = &[
     "a region is forgotten",
     "a region is logged before its first write",
     "a same frame",
+    "a connection of a lower epoch is refused",
     "a second connection replaces the first",
     "a write past the gate meets the seal",
     "a zero frame",

@@ -35,6 +35,8 @@ const NUMBERS_RESERVED: u64 = 5;
 pub struct Link {
     pub wire: WireId,
     pub dialer: bool,
+    /// Epoch counter of the side that dialled: the lower one of two connections is refused.
+    pub dialler_epoch: u64,
     pub same_history: bool,
     /// The peer takes no frames now: hang up and ask again.
     pub useless: bool,
@@ -171,9 +173,9 @@ impl Process {
                     }
                     self.gate = gate;
                 }
-                Action::Converge(on) => {
+                Action::Converge(pace) => {
                     if let Some(s) = &mut self.source {
-                        s.primary.converge(on);
+                        s.primary.converge(pace);
                     }
                 }
                 Action::SealAndSend => {
@@ -343,13 +345,19 @@ impl Process {
             ctx.net.hang_up(wire, self.index);
             return;
         }
-        if self.link.is_some() {
+        let dialler_epoch = if dialer { mine.epoch.counter } else { hello.peer.epoch.counter };
+        if let Some(link) = &self.link {
+            if dialler_epoch < link.dialler_epoch {
+                ctx.cov.hit("a connection of a lower epoch is refused");
+                ctx.net.hang_up(wire, self.index);
+                return;
+            }
             ctx.cov.hit("a second connection replaces the first");
             self.drop_link(ctx);
         }
         let record = self.site.record();
         let same_history = record.identity != [0; 16] && hello.identity == record.identity;
-        self.link = Some(Link { wire, dialer, same_history, useless: false });
+        self.link = Some(Link { wire, dialer, dialler_epoch, same_history, useless: false });
         let activation = ActivationId(ctx.id());
         let refusals = self.refusals.len();
         self.apply(ctx, Event::Met { peer: hello.peer.clone(), activation });

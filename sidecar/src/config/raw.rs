@@ -20,6 +20,7 @@ pub struct File {
     pub bandwidth: Leaf,
     pub data_streams: Leaf,
     pub journal: Leaf,
+    pub verify: Leaf,
     pub start_without_peer: Leaf,
     pub pair: Option<Pair>,
     #[serde(default)]

@@ -39,6 +39,10 @@ const DATA_STREAMS_DEFAULT: u64 = 2;
 /// Each stream costs windows and a task at both sides; beyond 16 nothing gets faster.
 const DATA_STREAMS_MAX: u64 = 16;
 const JOURNAL_DEFAULT: u64 = 2 << 30;
+/// Low enough not to be noticed, high enough for 1 TiB in three days.
+const VERIFY_DEFAULT: u64 = 4 << 20;
+/// The most that one step compares.
+const VERIFY_MAX: u64 = 256 << 20;
 /// A reserve of 256 MiB is held before a seal (design §3.5, 1).
 const JOURNAL_MIN: u64 = 256 << 20;
 const PRESERVE_MEMORY_DEFAULT: u64 = 64 << 20;
@@ -131,6 +135,10 @@ fn build(r: &mut Reader<'_>, raw: raw::File, overrides: &Overrides) -> Config {
         let field = r.field("journal", raw.journal);
         r.size(field, Some(JOURNAL_DEFAULT), JOURNAL_MIN, DISK_BYTES_MAX).unwrap_or(JOURNAL_DEFAULT)
     };
+    let verify_bytes_per_second = {
+        let field = r.field("verify", raw.verify);
+        r.size(field, Some(VERIFY_DEFAULT), 0, VERIFY_MAX).unwrap_or(VERIFY_DEFAULT)
+    };
     let retention = retention(r, raw.retention.unwrap_or_default());
     let hook = raw.hook.map(|hook| {
         let dir = r.field("hook.dir", hook.dir);
@@ -167,6 +175,7 @@ fn build(r: &mut Reader<'_>, raw: raw::File, overrides: &Overrides) -> Config {
         data_streams,
         preserve,
         journal_bytes,
+        verify_bytes_per_second,
         retention,
         hook,
         control_socket,

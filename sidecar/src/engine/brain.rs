@@ -36,10 +36,11 @@ use watari_wire::{
 use super::{
     clock::{random_id, unix_millis},
     conditions::Conditions,
+    connections::Connections,
     convert,
     event::{Answer, ControlSender, Event, LinkId},
     folder::ReplicaFolder,
-    gate::{Connections, GateDisk},
+    gate::GateDisk,
     generations::Generations,
     remote::RemoteReads,
     source::{Asked, Begin, Source},
@@ -86,6 +87,9 @@ struct Link {
     peer: String,
     control: ControlSender,
     rtt_millis: f64,
+    /// Epoch counter of the side that dialled: of two connections the one of the higher epoch stays, of equals the newer.
+    /// (Sessions are random and say nothing about age; a worker that restarted must not wait for its own dead link.)
+    dialler_epoch: u64,
     /// The peer shares our history; otherwise it gets a baseline after the next commit.
     same_history: bool,
 }
@@ -165,6 +169,12 @@ pub struct Brain {
     lag_before: u64,
     scheduled: Option<crate::throttle::Limit>,
     next_leave: Instant,
+    /// The guest's latency while little is sent, and the share of the link that we take.
+    idle_latency: Option<Duration>,
+    share: f64,
+    /// Bytes per second that the link carried when all of it was taken.
+    whole_rate: f64,
+    sent_before: u64,
     /// A fresh boot holds its guest until the peer has answered, or this time.
     confirm_until: Option<Instant>,
 }
@@ -197,6 +207,10 @@ impl Brain {
             lag_before: 0,
             scheduled: None,
             next_leave: Instant::now(),
+            idle_latency: None,
+            share: 1.0,
+            whole_rate: 0.0,
+            sent_before: 0,
             confirm_until: None,
         }
     }
@@ -270,6 +284,11 @@ impl Brain {
                     source.built(unix_millis(), read, frames);
                 }
             }
+            Event::Verified { check, checked } => {
+                if let Some(source) = &mut self.source {
+                    source.verified(&check, checked);
+                }
+            }
             Event::DisksSynced(result) => self.disks_synced(result),
             Event::Wake => {}
             Event::Terminate => self.terminating = true,
@@ -337,9 +356,9 @@ impl Brain {
                 }
                 Action::Send(m) => self.send(&m),
                 Action::Gate(gate) => self.set_gate(gate),
-                Action::Converge(on) => {
+                Action::Converge(pace) => {
                     if let Some(s) = &mut self.source {
-                        s.primary.converge(on);
+                        s.primary.converge(pace);
                     }
                 }
                 Action::SealAndSend => {
@@ -397,6 +416,9 @@ impl Brain {
         for disk in self.parts.disks.iter() {
             disk.set_gate(gate);
         }
+        if gate == Gate::Dead {
+            self.parts.connections.condemn();
+        }
     }
 
     fn send(&self, m: &Message) {
@@ -433,7 +455,7 @@ impl Brain {
             base: base.unwrap_or(record.base),
             next_number: record.numbers_reserved,
             numbers_reserved: record.numbers_reserved,
-            level: Some(super::level(&self.parts.config)),
+            level: Some(pace::FIRST_LEVEL),
         };
         let mut source =
             Source::new(begin, self.parts.shared.clone(), self.parts.disks.clone(), self.parts.post.clone());
@@ -628,8 +650,11 @@ impl Brain {
             self.next_beat = now + Duration::from_secs(1);
             self.beat();
             self.follow_schedule();
+            self.give_way();
+            self.choose_level();
             self.slow_down();
             self.leave_untracked(now);
+            self.verify();
         }
         if now >= self.next_report {
             self.next_report = now + Duration::from_millis(100);

@@ -4,6 +4,8 @@
 //! the frozen bit, or taken from the preserve store; **I1** staged marks are set before frozen ones are cleared.
 //! Runs on the reader threads; it does not decide what is read when.
 
+use std::{sync::atomic::Ordering::Relaxed, time::Instant};
+
 use bytes::Bytes;
 use watari_core::{
     frame::{FrameError, FrameHeader, FrameId, content_digest},
@@ -14,7 +16,7 @@ use watari_core::{
 };
 use watari_nbd::local::LocalFile;
 
-use super::tracking::Shared;
+use super::tracking::{Effort, Shared};
 
 /// A frame on its way: header and payload as sent.
 #[derive(Clone, Debug)]
@@ -62,7 +64,7 @@ pub fn frozen(
     naming: Naming,
     digests: &PeerDigests,
 ) -> Result<Vec<OutFrame>, BuildError> {
-    let mut builder = Builder::new(read.disk, read.sequence, naming, digests);
+    let mut builder = Builder::new(&shared.effort, read.disk, read.sequence, naming, digests);
     for extent in &read.extents {
         let last = Block(extent.end().0 - 1);
         while shared.tracker.writes_before_cut(cut, read.disk, extent.start, last) {
@@ -90,7 +92,7 @@ pub fn preserved(shared: &Shared, sequence: Sequence, naming: Naming) -> Result<
     let blocks = shared.preserve.take_some((limits::FRAME_BYTES_MAX / BLOCK_BYTES) as usize);
     let Some(disk) = blocks.first().map(|(d, ..)| *d) else { return Ok(Vec::new()) };
     let digests = PeerDigests::new();
-    let mut builder = Builder::new(disk, sequence, naming, &digests);
+    let mut builder = Builder::new(&shared.effort, disk, sequence, naming, &digests);
     for (_, block, content) in &blocks {
         shared.tracker.stage(disk, Extent { start: *block, blocks: 1 });
         builder.push(*block, content);
@@ -106,7 +108,7 @@ pub fn current(
     naming: Naming,
     digests: &PeerDigests,
 ) -> Result<Vec<OutFrame>, BuildError> {
-    let mut builder = Builder::new(read.disk, read.sequence, naming, digests);
+    let mut builder = Builder::new(&shared.effort, read.disk, read.sequence, naming, digests);
     for extent in &read.extents {
         let content = read_extent(file, read.disk, *extent)?;
         for (i, block) in (extent.start.0..extent.end().0).map(Block).enumerate() {
@@ -133,13 +135,19 @@ pub fn read_extent(file: &LocalFile, disk: DiskIndex, extent: Extent) -> Result<
 
 /// The digest by which a block is compared with the peer's: the first half of its content digest.
 pub fn block_digest(disk: DiskIndex, block: Block, content: &[u8]) -> [u8; 16] {
-    let whole = content_digest(disk, &[Extent { start: block, blocks: 1 }], content);
+    extent_digest(disk, Extent { start: block, blocks: 1 }, content)
+}
+
+/// The same of several blocks in a row.
+pub fn extent_digest(disk: DiskIndex, extent: Extent, content: &[u8]) -> [u8; 16] {
+    let whole = content_digest(disk, &[extent], content);
     let mut half = [0; 16];
     half.copy_from_slice(&whole[..16]);
     half
 }
 
 struct Builder<'a> {
+    effort: &'a Effort,
     disk: DiskIndex,
     sequence: Sequence,
     naming: Naming,
@@ -150,8 +158,8 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(disk: DiskIndex, sequence: Sequence, naming: Naming, digests: &'a PeerDigests) -> Self {
-        Builder { disk, sequence, naming, digests, data: Vec::new(), zero: Vec::new(), same: Vec::new() }
+    fn new(effort: &'a Effort, disk: DiskIndex, sequence: Sequence, naming: Naming, digests: &'a PeerDigests) -> Self {
+        Builder { effort, disk, sequence, naming, digests, data: Vec::new(), zero: Vec::new(), same: Vec::new() }
     }
 
     fn push(&mut self, block: Block, content: &[u8]) {
@@ -177,7 +185,14 @@ impl<'a> Builder<'a> {
         if !self.data.is_empty() {
             let extents = extents_of(self.data.iter().map(|p| p.block));
             let content: Vec<u8> = self.data.iter().flat_map(|p| p.content.iter().copied()).collect();
+            let began = Instant::now();
             let compressed = self.naming.level.and_then(|level| compress(&content, level));
+            if let Some(payload) = &compressed {
+                // Only what was compressed says anything about the level.
+                self.effort.content_bytes.fetch_add(content.len() as u64, Relaxed);
+                self.effort.payload_bytes.fetch_add(payload.len() as u64, Relaxed);
+                self.effort.nanos.fetch_add(began.elapsed().as_nanos() as u64, Relaxed);
+            }
             let header = FrameHeader::data(self.id(0), self.disk, extents, &content, compressed.as_deref())?;
             out.push(OutFrame { header, payload: compressed.unwrap_or(content).into() });
         }
@@ -233,7 +248,8 @@ mod tests {
 
     fn build(blocks: &[(u64, u8)], digests: &PeerDigests) -> Vec<OutFrame> {
         let naming = Naming { epoch: 1, session: Session(7), level: Some(-1) };
-        let mut b = Builder::new(DiskIndex(0), Sequence(10), naming, digests);
+        let effort = Effort::default();
+        let mut b = Builder::new(&effort, DiskIndex(0), Sequence(10), naming, digests);
         for (n, fill) in blocks {
             b.push(Block(*n), &[*fill; 4096]);
         }

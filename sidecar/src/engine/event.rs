@@ -7,6 +7,7 @@ use watari_wire::replication::{ControlMessage, Hello};
 
 use super::{
     build::{BuildError, OutFrame},
+    source::{Check, Checked},
     steering::{Declined, Intent, Outcome},
     stream::DataPool,
 };
@@ -48,6 +49,11 @@ pub enum Event {
     Built {
         read: Sequence,
         frames: Result<Vec<OutFrame>, BuildError>,
+    },
+    /// A step of the continuous verification is done.
+    Verified {
+        check: Check,
+        checked: Checked,
     },
     /// fdatasync of all disks after a commit.
     DisksSynced(Result<(), String>),

@@ -28,6 +28,19 @@ const REPLICA_DIR: &str = "replica";
 /// Bytes of one journal segment.
 const SEGMENT_BYTES: u64 = 64 << 20;
 
+/// Free space of a side, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    pub folder_bytes: u64,
+    pub images_bytes: u64,
+}
+
+/// What an unprivileged process may still write on the file system of this path.
+fn free_bytes(path: &Path) -> Option<u64> {
+    let found = rustix::fs::statvfs(path).ok()?;
+    Some(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
 /// How to reach the replica of this side.
 #[derive(Clone, Debug)]
 pub struct ReplicaFolder {
@@ -78,6 +91,16 @@ impl ReplicaFolder {
 
     fn images_are_empty(&self) -> bool {
         self.disks.iter().all(|(path, _)| is_empty(path).unwrap_or(false))
+    }
+
+    /// Free space for the journal, and for the image that has least, bytes. A device has no space to run out of.
+    pub fn room(&self) -> Room {
+        let images = self.disks.iter().filter(|(path, _)| fs::metadata(path).is_ok_and(|m| m.is_file()));
+        let meta = self.dir.parent().unwrap_or(&self.dir);
+        Room {
+            folder_bytes: free_bytes(meta).unwrap_or(0),
+            images_bytes: images.filter_map(|(path, _)| free_bytes(path)).min().unwrap_or(u64::MAX),
+        }
     }
 
     /// Remove the replica's files; the images stay.

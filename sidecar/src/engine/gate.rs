@@ -5,10 +5,9 @@
 //! It does not decide gates; the role thread does.
 
 use std::{
-    collections::HashSet,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::SeqCst},
     },
     time::Instant,
 };
@@ -20,7 +19,7 @@ use watari_core::{
 };
 use watari_nbd::local::LocalDisk;
 
-use super::tracking::Tracking;
+use super::{connections::Connections, tracking::Tracking};
 use crate::config::HOLD;
 
 /// What the guest's behaviour tells the role thread.
@@ -38,6 +37,8 @@ pub trait GuestEvents: Send + Sync {
     /// Fetch bytes from the peer; the request comes back completed, or through [`GateDisk::retry`] when it broke.
     fn read_remote(&self, disk: DiskIndex, request: Request, deadline: Instant);
 }
+
+const DEAD: &str = "this side must not serve this VM: see `watari-sidecar status` for its role and the next step";
 
 fn encode(gate: Gate) -> u8 {
     match gate {
@@ -57,20 +58,6 @@ fn decode(gate: u8) -> Gate {
     }
 }
 
-/// Shared by all disks of the VM: who is connected.
-#[derive(Default)]
-pub struct Connections {
-    open: Mutex<HashSet<u64>>,
-    /// Something other than a clean goodbye ended a connection since the last attach.
-    broken: AtomicBool,
-}
-
-impl Connections {
-    pub fn count(&self) -> usize {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).len()
-    }
-}
-
 /// See the module's header.
 pub struct GateDisk {
     index: DiskIndex,
@@ -80,7 +67,7 @@ pub struct GateDisk {
     deaths: AtomicU64,
     held: Mutex<Vec<(Instant, Request)>>,
     connections: Arc<Connections>,
-    mine: Mutex<HashSet<u64>>,
+    clients: AtomicU32,
     events: Arc<dyn GuestEvents>,
 }
 
@@ -99,7 +86,7 @@ impl GateDisk {
             deaths: AtomicU64::new(0),
             held: Mutex::default(),
             connections,
-            mine: Mutex::default(),
+            clients: AtomicU32::new(0),
             events,
         }
     }
@@ -118,7 +105,7 @@ impl GateDisk {
     }
 
     pub fn clients(&self) -> u32 {
-        self.mine.lock().unwrap_or_else(PoisonError::into_inner).len() as u32
+        self.clients.load(SeqCst)
     }
 
     /// Change the gate and send what was held through it again.
@@ -211,42 +198,29 @@ impl GuestDisk for GateDisk {
     }
 
     fn attach(&self, connection: u64) -> Result<(), String> {
+        self.connections.admit()?;
         match self.gate() {
             Gate::Serve | Gate::Hold => {}
             Gate::Remote => self.events.may_attach()?,
-            Gate::Dead => {
-                return Err(
-                    "this side must not serve this VM: see `watari-sidecar status` for its role and the next step"
-                        .into(),
-                );
-            }
+            Gate::Dead => return Err(DEAD.into()),
         }
-        self.mine.lock().unwrap_or_else(PoisonError::into_inner).insert(connection);
-        let first = {
-            let mut open = self.connections.open.lock().unwrap_or_else(PoisonError::into_inner);
-            let first = open.is_empty();
-            open.insert(connection | u64::from(self.index.0) << 48);
-            first
-        };
+        let first = self.connections.opened((self.index, connection));
+        if self.gate() == Gate::Dead {
+            // It was closed for good between the look and the entry.
+            self.connections.closed((self.index, connection), Detach::Clean);
+            return Err(DEAD.into());
+        }
+        self.clients.fetch_add(1, SeqCst);
         if first {
-            self.connections.broken.store(false, SeqCst);
             self.events.attached();
         }
         Ok(())
     }
 
     fn detach(&self, connection: u64, how: Detach) {
-        self.mine.lock().unwrap_or_else(PoisonError::into_inner).remove(&connection);
-        if how == Detach::Lost {
-            self.connections.broken.store(true, SeqCst);
-        }
-        let last = {
-            let mut open = self.connections.open.lock().unwrap_or_else(PoisonError::into_inner);
-            open.remove(&(connection | u64::from(self.index.0) << 48)) && open.is_empty()
-        };
-        if last {
-            let broken = self.connections.broken.load(SeqCst);
-            self.events.left(if broken { Detach::Lost } else { Detach::Clean });
+        self.clients.fetch_sub(1, SeqCst);
+        if let Some(how) = self.connections.closed((self.index, connection), how) {
+            self.events.left(how);
         }
     }
 

@@ -17,7 +17,8 @@ use watari_core::{
     replica::list::Entry,
 };
 use watari_wire::replication::{
-    CommitPart, CommitResult, Hello, SequenceRange, Superseded, commit_result::Outcome, control_message::Body,
+    CommitPart, CommitResult, Hello, SequenceRange, Superseded, TargetState, commit_result::Outcome,
+    control_message::Body,
 };
 
 use super::{
@@ -32,21 +33,32 @@ use super::{
 mod compare;
 mod digests;
 mod readers;
+mod verify;
 
 use compare::Compare;
 use digests::DigestBook;
 use readers::{Job, Readers};
+pub use verify::{Check, Checked, Verification};
 
 /// Most reads handed out and not yet built, beside the window.
 const READS_MAX: usize = 12;
 /// Entries of a commit list per message: 5000 × 54 bytes and their bitmaps stay far below a message's limit.
 const ENTRIES_PER_PART: usize = 5000;
+/// Least room at the target for what remains at a handover, bytes.
+const RESERVE_BYTES_MIN: u64 = 256 << 20;
 /// Time between two looks for overtaken frames, milliseconds: each walks over all books.
 const SUPERSEDE_MILLIS: u64 = 2000;
 
 /// Why a first or full synchronisation is needed, in words for people (I9).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FullCompare(pub String);
+
+/// Room at the target, bytes.
+#[derive(Clone, Copy, Debug)]
+struct PeerRoom {
+    bytes: u64,
+    journal_limit_bytes: u64,
+}
 
 /// See the module's header.
 pub struct Source {
@@ -80,6 +92,9 @@ pub struct Source {
     /// Wake-up that `poll` asked for.
     pub wait_until_millis: u64,
     pub peer_full: String,
+    /// What the target can still take, as it said last.
+    peer_room: Option<PeerRoom>,
+    pub verification: Verification,
 }
 
 /// What the source begins from.
@@ -131,6 +146,8 @@ impl Source {
             full_compare: None,
             wait_until_millis: 0,
             peer_full: String::new(),
+            peer_room: None,
+            verification: Verification::default(),
         }
     }
 
@@ -239,6 +256,7 @@ impl Source {
         self.primary.link_down();
         self.digests.link(None);
         self.link = None;
+        self.peer_room = None;
     }
 
     pub fn linked(&self) -> bool {
@@ -254,6 +272,30 @@ impl Source {
 
     pub fn send_handover(&self, m: &Message) {
         self.send(Body::Handover(convert::handover(m)));
+    }
+
+    /// The target said how it is.
+    pub fn target_state(&mut self, state: &TargetState) {
+        self.peer_full.clone_from(&state.full);
+        self.primary.block(!state.full.is_empty());
+        let journal = state.journal_limit_bytes.saturating_sub(state.journal_bytes);
+        let bytes = journal.min(state.free_bytes).min(state.images_free_bytes);
+        self.peer_room = Some(PeerRoom { bytes, journal_limit_bytes: state.journal_limit_bytes });
+    }
+
+    /// Why the target has too little room for a handover now: it must be able to take twice what is dirty, at least
+    /// [`RESERVE_BYTES_MIN`] or half of its journal, and never more than the disks and what names their blocks could need
+    /// (design §3.5, 1). `None`: it has, or has not said.
+    pub fn reserve_missing(&self) -> Option<String> {
+        let room = self.peer_room?;
+        let tracker = &self.shared.tracker;
+        let dirty = tracker.current_blocks() + tracker.frozen_blocks() + self.shared.preserve.blocks();
+        let whole: u64 = self.disks.iter().map(|d| d.local().file().size_bytes()).sum();
+        let least = RESERVE_BYTES_MIN.min(room.journal_limit_bytes / 2);
+        let needed = (2 * dirty * BLOCK_BYTES).max(least).min(whole + whole / 16);
+        (room.bytes < needed).then(|| {
+            format!("the target has room for {} bytes, a handover needs {needed} (twice what is dirty)", room.bytes)
+        })
     }
 
     pub fn reserved(&mut self, until: GenerationNumber) {

@@ -36,9 +36,10 @@ use watari_wire::{replication::Hello, report::Report};
 use super::{
     brain::{Baseline, Brain, Parts, Signals},
     clock::{random_id, random_u64, unix_millis},
+    connections::Connections,
     event::Event,
     folder::{ROLE_MAGIC, ROLE_NAME, ROLE_VERSION, ReplicaFolder},
-    gate::{Connections, GateDisk, GuestEvents, finish},
+    gate::{GateDisk, GuestEvents, finish},
     generations::Generations,
     preserve::PreserveStore,
     remote::RemoteReads,
@@ -160,6 +161,8 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         pass_through: flags.pass_through && record.role.accepts_writes(),
         slow_down_micros: Default::default(),
         written_bytes: Default::default(),
+        latency: Default::default(),
+        effort: Default::default(),
         wake: Box::new(move || wake(Event::Wake)),
     });
     if shared.pass_through {
@@ -173,7 +176,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
 
     let signals: Arc<Signals> = Arc::default();
     let remote: Arc<RemoteReads> = Arc::default();
-    let connections: Arc<Connections> = Arc::default();
+    let connections = Arc::new(Connections::new(&config.runtime_dir));
     let events: Arc<dyn GuestEvents> =
         Arc::new(Reporter { post: post.clone(), signals: signals.clone(), remote: remote.clone() });
     let site = Site::new(record, session.0);

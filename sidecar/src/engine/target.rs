@@ -17,7 +17,7 @@ use watari_wire::replication::{
     commit_result::Outcome, control_message::Body,
 };
 
-use super::convert;
+use super::{convert, folder::Room};
 
 /// Bytes staged before they are synced although more are waiting.
 const SYNC_BYTES: u64 = 8 << 20;
@@ -52,6 +52,7 @@ pub struct Target {
     told_full: bool,
     more_to_apply: bool,
     next_retain: Instant,
+    room: Room,
     /// Why this replica is closed to changes until a restart.
     pub poisoned: Option<String>,
 }
@@ -73,6 +74,7 @@ impl Target {
             told_full: false,
             more_to_apply: true,
             next_retain: Instant::now(),
+            room: Room { folder_bytes: 0, images_bytes: 0 },
             poisoned: None,
         }
     }
@@ -375,12 +377,22 @@ impl Target {
         store.manifest().virgin && !store.manifest().direct_started
     }
 
+    /// Free space, as looked at from time to time.
+    pub fn set_room(&mut self, room: Room) {
+        self.room = room;
+    }
+
+    pub fn room_now(&self) -> Room {
+        self.room
+    }
+
     pub fn state(&self) -> Body {
         let report = self.store.lock().report();
         Body::TargetState(TargetState {
             journal_bytes: report.journal_bytes,
             journal_limit_bytes: report.journal_bytes_max,
-            free_bytes: 0,
+            free_bytes: self.room.folder_bytes,
+            images_free_bytes: self.room.images_bytes,
             committed: Some(convert::wire_generation(self.committed())),
             applied: Some(convert::wire_generation(self.applied())),
             kept: self.store.lock().kept().iter().map(|m| convert::wire_generation(m.generation)).collect(),

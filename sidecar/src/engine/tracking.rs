@@ -24,11 +24,22 @@ use watari_store::{
     regions::{Logged, RegionLog, UntrackedReason},
 };
 
-use super::preserve::{Full, PreserveStore};
+use super::{
+    latency::GuestLatency,
+    preserve::{Full, PreserveStore},
+};
 use crate::config::HOLD;
 
 /// Pause between two looks at a write that was admitted before the cut and must finish first.
 const OLDER_WRITE_POLL: Duration = Duration::from_micros(100);
+
+/// What compression did since it was last looked at.
+#[derive(Default)]
+pub struct Effort {
+    pub content_bytes: AtomicU64,
+    pub payload_bytes: AtomicU64,
+    pub nanos: AtomicU64,
+}
 
 /// Everything that the guest's threads, the sender and the role thread share about tracking.
 pub struct Shared {
@@ -43,6 +54,10 @@ pub struct Shared {
     pub slow_down_micros: AtomicU64,
     /// Guest bytes written since the start of the worker.
     pub written_bytes: AtomicU64,
+    /// How long the guest's reads and writes take.
+    pub latency: GuestLatency,
+    /// What compressing costs.
+    pub effort: Effort,
     /// Wakes the source when something is dirty that was not, or a generation must be given up.
     pub wake: Box<dyn Fn() + Send + Sync>,
 }
@@ -60,6 +75,14 @@ impl Shared {
     }
 }
 
+/// What a request carries from its prologue to its epilogue.
+pub struct Passage {
+    /// `None`: not a write, or not tracked.
+    ticket: Option<Ticket>,
+    /// Set if this request is timed.
+    began: Option<Instant>,
+}
+
 /// The wrapper of one disk.
 pub struct Tracking {
     pub disk: DiskIndex,
@@ -74,14 +97,14 @@ fn writes(request: &Request) -> Option<(Block, Block)> {
 }
 
 impl Around for Tracking {
-    /// `None`: not a write, or not tracked.
-    type Ticket = Option<Ticket>;
+    type Ticket = Passage;
 
-    fn before(&self, request: &Request) -> Prologue<Option<Ticket>> {
-        let Some((first, last)) = writes(request) else { return Prologue::Go(None) };
+    fn before(&self, request: &Request) -> Prologue<Passage> {
         let shared = &*self.shared;
+        let began = if matches!(request.op, Op::Read | Op::Write) { shared.latency.begin() } else { None };
+        let Some((first, last)) = writes(request) else { return Prologue::Go(Passage { ticket: None, began }) };
         if shared.pass_through {
-            return Prologue::Go(None);
+            return Prologue::Go(Passage { ticket: None, began });
         }
         if shared.slow_down_micros.load(Relaxed) > 0 {
             return Prologue::Blocking;
@@ -97,15 +120,17 @@ impl Around for Tracking {
                     return Prologue::Blocking;
                 }
                 shared.written_bytes.fetch_add(request.length, Relaxed);
-                Prologue::Go(Some(ticket))
+                Prologue::Go(Passage { ticket: Some(ticket), began })
             }
             Admission::NotLogged | Admission::Sealed => Prologue::Blocking,
         }
     }
 
-    fn before_blocking(&self, request: &Request, file: &LocalFile) -> Result<Option<Ticket>, Errno> {
-        let Some((first, last)) = writes(request) else { return Ok(None) };
+    fn before_blocking(&self, request: &Request, file: &LocalFile) -> Result<Passage, Errno> {
         let shared = &*self.shared;
+        let timed = shared.latency.begin();
+        let passage = |ticket| Ok(Passage { ticket, began: timed });
+        let Some((first, last)) = writes(request) else { return passage(None) };
         let slow = shared.slow_down_micros.load(Relaxed);
         if slow > 0 {
             thread::sleep(Duration::from_micros(slow));
@@ -115,7 +140,7 @@ impl Around for Tracking {
         loop {
             if shared.tracker.maps().ensure_range(self.disk, first, last).is_err() {
                 shared.lose_tracking();
-                return Ok(None);
+                return passage(None);
             }
             let untracked = match shared.regions.ensure_logged(self.disk, first, last) {
                 Logged::Logged => false,
@@ -130,7 +155,7 @@ impl Around for Tracking {
                     if ticket.generation_open {
                         self.preserve(&ticket, file);
                     }
-                    return Ok(Some(ticket));
+                    return passage(Some(ticket));
                 }
                 // Forgotten between the two looks: log it again.
                 Admission::NotLogged => {}
@@ -144,10 +169,11 @@ impl Around for Tracking {
         }
     }
 
-    fn after(&self, _: &Request, ticket: Option<Ticket>, result: Result<(), Errno>) -> Result<(), Errno> {
-        if let Some(ticket) = ticket {
+    fn after(&self, _: &Request, passage: Passage, result: Result<(), Errno>) -> Result<(), Errno> {
+        if let Some(ticket) = passage.ticket {
             self.shared.tracker.finish(ticket);
         }
+        self.shared.latency.end(passage.began);
         result
     }
 }

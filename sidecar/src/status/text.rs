@@ -22,6 +22,7 @@ pub fn page(report: &Report) -> Vec<String> {
         lines.push(format!("Worker  restarted {} times", report.worker_restarts));
     }
     lines.extend(disks(report));
+    lines.extend(verification(report));
     if let Some(replica) = &report.replica {
         lines.push(format!(
             "Replica {}, committed {}, applied {}, journal {} of {}, undo {}, free {}",
@@ -103,6 +104,20 @@ pub fn sending(report: &Report) -> Option<String> {
         bytes(generations.open_total_bytes),
         percent(generations.open_sent_bytes, generations.open_total_bytes)
     ))
+}
+
+/// How far the comparison with the replica is; `None` where there is nothing to compare.
+pub fn verification(report: &Report) -> Option<String> {
+    let checked = report.verification.as_ref().filter(|v| v.pass_total_bytes > 0)?;
+    let proved = match checked.proved_unix_millis {
+        0 => "not yet proved identical as a whole".to_owned(),
+        at => {
+            let age = report.now_unix_millis.saturating_sub(at) as f64 / 1000.0;
+            format!("all of it proved identical {} ago", seconds(age))
+        }
+    };
+    let done = percent(checked.pass_bytes, checked.pass_total_bytes);
+    Some(format!("Checked {done} % in this pass, {proved}, {} blocks differed", checked.differed_blocks))
 }
 
 /// A table with one row for each disk.

@@ -25,6 +25,8 @@ pub struct Report {
     /// Present while this side holds a replica.
     pub replica: Option<ReplicaReport>,
     pub transfer: TransferReport,
+    /// Present while this side is the source.
+    pub verification: Option<VerificationReport>,
     /// How marks are trusted: Tracked, Untracked, Comparing, PassThrough.
     pub trust: String,
     pub conditions: Vec<Condition>,
@@ -109,6 +111,19 @@ pub struct TransferReport {
     pub frames: u64,
     pub preserve_bytes: u64,
     pub preserve_limit_bytes: u64,
+}
+
+/// The continuous comparison of clean blocks with the replica (source only).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct VerificationReport {
+    /// How far the present pass is.
+    pub pass_bytes: u64,
+    pub pass_total_bytes: u64,
+    /// When the last pass began that found the whole of all disks identical; 0: none yet.
+    pub proved_unix_millis: u64,
+    /// Blocks that differed, since this worker started.
+    pub differed_blocks: u64,
 }
 
 /// kstatus-like: a type, whether it holds, why, and what a person should do next.

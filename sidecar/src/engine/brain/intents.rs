@@ -29,6 +29,7 @@ impl Brain {
                 if self.parts.connections.count() > 0 && self.parts.site.record().role.accepts_writes() {
                     return Self::decline(answer, "a VM is running from this sidecar: stop or move it first");
                 }
+                self.parts.connections.forgive();
                 let _ = answer.send(Ok(Outcome::Done("the folder is released".into())));
                 self.exit = Some(0);
             }
@@ -113,6 +114,11 @@ impl Brain {
                 answer,
                 "this pair is Untracked: a handover could lose writes; wait until it is Tracked",
             );
+        }
+        if let Some(missing) = self.source.as_ref().and_then(Source::reserve_missing) {
+            let next =
+                "make room in its folder and beside its images, raise its `journal`, or wait until less is dirty";
+            return Self::decline(answer, format!("{missing}: {next}"));
         }
         let text = "the handover is open: converging; only this VM may connect until it is moved or voided";
         self.answer_with(handover::Event::OpenHandover { handover }, answer, text);

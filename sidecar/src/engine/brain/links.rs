@@ -105,13 +105,22 @@ impl Brain {
             return;
         };
         self.conditions.clear("PeerRefused");
-        // Of two connections the newer one stays, unless an older epoch dials into an established one.
-        if self.link.is_some() {
+        let record = self.parts.site.record();
+        let dialler_epoch = if data.is_some() { record.epoch.counter } else { met.epoch.counter };
+        if let Some(link) = &self.link {
+            if dialler_epoch < link.dialler_epoch {
+                let text = format!(
+                    "a connection of epoch {} stands; this one is of epoch {dialler_epoch} and is not needed",
+                    link.dialler_epoch
+                );
+                let _ = control.send(message(Body::Refused(Refused { reason: "LowerEpoch".into(), text })));
+                return;
+            }
             self.drop_link();
         }
         let record = self.parts.site.record();
         let same_history = record.identity != [0; 16] && hello.identity[..] == record.identity;
-        self.link = Some(Link { id, peer, control: control.clone(), rtt_millis: 0.0, same_history });
+        self.link = Some(Link { id, peer, control: control.clone(), rtt_millis: 0.0, dialler_epoch, same_history });
         self.reconnects += 1;
         let takes_frames = matches!(met.role, PeerRole::Replica | PeerRole::Voided { .. });
         let met = handover::Event::Met { peer: met, activation: ActivationId(random_id()) };
@@ -261,8 +270,7 @@ impl Brain {
             }
             Body::TargetState(state) => {
                 if let Some(source) = &mut self.source {
-                    source.peer_full.clone_from(&state.full);
-                    source.primary.block(!state.full.is_empty());
+                    source.target_state(&state);
                 }
             }
             Body::Superseded(m) => {
@@ -309,10 +317,16 @@ impl Brain {
         let _ = link.control.send(message(Body::ReadReply(reply)));
     }
 
-    pub(super) fn beat(&self) {
-        if let Some(link) = &self.link {
-            let beat = Heartbeat { id: 0, reply: false, unix_millis: unix_millis() };
-            let _ = link.control.send(message(Body::Heartbeat(beat)));
+    /// Once a second: a heartbeat, and a target's state.
+    pub(super) fn beat(&mut self) {
+        if let Some(target) = &mut self.target {
+            target.set_room(self.parts.replica.room());
+        }
+        let Some(link) = &self.link else { return };
+        let beat = Heartbeat { id: 0, reply: false, unix_millis: unix_millis() };
+        let _ = link.control.send(message(Body::Heartbeat(beat)));
+        if let Some(target) = &self.target {
+            let _ = link.control.send(message(target.state()));
         }
     }
 }

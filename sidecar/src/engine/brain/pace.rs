@@ -1,6 +1,17 @@
-//! What the brain does as time passes: a fresh boot's wait for the peer, time windows, slowing down, leaving `Untracked`.
+//! What the brain does as time passes: a fresh boot's wait for the peer, time windows, giving way to the guest, slowing it
+//! down for a move, how hard to compress, leaving `Untracked`.
+
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::*;
+use crate::throttle::{backoff, effort};
+
+/// zstd level until something was measured.
+pub(super) const FIRST_LEVEL: i32 = 1;
+/// A second in which less than this share of the link was used shows how the guest fares without us.
+const QUIET_SHARE: f64 = 0.15;
+/// Threads' worth of CPU that compression may take: most of one core, the rest of the node belongs to VMs.
+const COMPRESSION_THREADS: f64 = 0.75;
 
 /// How long a fresh boot waits for the peer's word (design §3.6).
 pub(super) const CONFIRM_WAIT: Duration = Duration::from_secs(5);
@@ -59,6 +70,59 @@ impl Brain {
             }
             self.scheduled = Some(limit);
         }
+    }
+
+    /// When the guest's own I/O is slower than without us, take less of the link (design §3.3). Never during a move: then
+    /// the guest is helped by an early end.
+    pub(super) fn give_way(&mut self) {
+        let recent = self.parts.shared.latency.take();
+        let Some(source) = &self.source else { return };
+        let sent = source.primary.counters.wire_bytes;
+        let rate = source.primary.window.rate_bytes_per_second();
+        let used = sent.saturating_sub(self.sent_before) as f64;
+        self.sent_before = sent;
+        let quiet = source.primary.bytes_in_flight() == 0 || used < rate * QUIET_SHARE;
+        if let (true, Some(recent)) = (quiet, recent) {
+            self.idle_latency = Some(self.idle_latency.map_or(recent, |idle| idle.mul_f64(0.8) + recent.mul_f64(0.2)));
+        }
+        if self.share == 1.0 {
+            self.whole_rate = rate;
+        }
+        let moving = source.primary.converging() || !self.parts.site.record().role.accepts_writes();
+        let before = self.share;
+        self.share = if moving { 1.0 } else { backoff::next_factor(self.share, recent, self.idle_latency) };
+        if self.share != before {
+            let allowed = self.parts.throttle.limit().bits();
+            let whole = if allowed > 0 { allowed as f64 } else { self.whole_rate * 8.0 };
+            let ceiling = (self.share < 1.0 && whole > 0.0).then_some((whole * self.share) as u64);
+            tracing::debug!(share = self.share, ?recent, idle = ?self.idle_latency, ?ceiling, "giving way to the guest");
+            self.parts.throttle.set_ceiling(ceiling);
+        }
+    }
+
+    /// A step of the continuous verification, unless the guest needs the disk.
+    pub(super) fn verify(&mut self) {
+        let bytes = self.parts.config.verify_bytes_per_second;
+        if let Some(source) = self.source.as_mut().filter(|_| self.share == 1.0) {
+            source.verify(bytes);
+        }
+    }
+
+    /// How hard to compress, from what was measured in the last second.
+    pub(super) fn choose_level(&mut self) {
+        let Some(source) = &mut self.source else { return };
+        let effort = &self.parts.shared.effort;
+        let take = |n: &std::sync::atomic::AtomicU64| n.swap(0, Relaxed) as f64;
+        let (content, payload, nanos) = (take(&effort.content_bytes), take(&effort.payload_bytes), take(&effort.nanos));
+        let Some(level) = source.level.filter(|_| content > 0.0 && nanos > 0.0) else { return };
+        let rate = source.primary.window.rate_bytes_per_second();
+        let link = match self.parts.throttle.effective().bits() {
+            0 => rate,
+            bits => rate.min(bits as f64 / 8.0),
+        };
+        let (thread, ratio) = (content * 1e9 / nanos, content / payload.max(1.0));
+        source.level =
+            Some(effort::next_level(level, effort::Measured { link, thread, threads: COMPRESSION_THREADS, ratio }));
     }
 
     /// While converging, and only if allowed: slow guest writes down until the lag shrinks.

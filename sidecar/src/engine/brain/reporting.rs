@@ -3,7 +3,9 @@
 use std::sync::PoisonError;
 
 use watari_core::{geometry::BLOCK_BYTES, primary::Phase, tracker::MapName};
-use watari_wire::report::{DiskReport, GenerationsReport, LinkReport, ReplicaReport, Report, TransferReport};
+use watari_wire::report::{
+    DiskReport, GenerationsReport, LinkReport, ReplicaReport, Report, TransferReport, VerificationReport,
+};
 
 use super::*;
 
@@ -28,6 +30,7 @@ impl Brain {
             generations: self.generations_report(),
             replica: self.replica_report(),
             transfer: self.transfer_report(),
+            verification: self.verification_report(),
             trust: self.trust().to_owned(),
             conditions: self.conditions.list(),
             worker_restarts: self.parts.shared.tracker.maps().facts().crashes(),
@@ -71,7 +74,7 @@ impl Brain {
             peer: self.link.as_ref().map_or_else(String::new, |l| l.peer.clone()),
             rtt_millis: self.link.as_ref().map_or(0.0, |l| l.rtt_millis),
             rate_bytes_per_second: self.source.as_ref().map_or(0.0, |s| s.primary.window.rate_bytes_per_second()),
-            limit_bits_per_second: self.parts.throttle.limit().bits(),
+            limit_bits_per_second: self.parts.throttle.effective().bits(),
             reconnects: self.reconnects.saturating_sub(1),
             last_error: self.last_link_error.clone(),
         }
@@ -129,6 +132,12 @@ impl Brain {
         if !source.peer_full.is_empty() {
             return format!("the peer waits for room: {}", source.peer_full);
         }
+        if self.share < 1.0 {
+            return format!(
+                "giving way to the guest, whose own requests got slower: {:.0} % of the link is used",
+                self.share * 100.0
+            );
+        }
         match &source.full_compare {
             Some(why) => format!("comparing with the peer: {}", why.0),
             None if source.primary.counters.given_up > 0 && source.primary.base_cut_millis() == 0 => {
@@ -152,9 +161,20 @@ impl Brain {
             kept: target.store.lock().kept().iter().map(|m| name(m.generation)).collect(),
             journal_bytes: store.journal_bytes,
             journal_limit_bytes: self.parts.config.journal_bytes,
-            free_bytes: 0,
+            free_bytes: target.room_now().folder_bytes,
             undo_bytes: store.undo_bytes,
             state: state.to_owned(),
+        })
+    }
+
+    fn verification_report(&self) -> Option<VerificationReport> {
+        let verification = &self.source.as_ref()?.verification;
+        let total: u64 = self.parts.disks.iter().map(|d| d.local().file().size_bytes()).sum();
+        Some(VerificationReport {
+            pass_bytes: (verification.done_blocks * BLOCK_BYTES).min(total),
+            pass_total_bytes: total,
+            proved_unix_millis: verification.proved_unix_millis,
+            differed_blocks: verification.differed,
         })
     }
 
@@ -201,6 +221,22 @@ impl Brain {
         let text = "this side is sealed for a handover and its target does not answer";
         let next = "wait for the target, or promote it at its last commit, or serve on here: `watari-sidecar ctl void`";
         self.conditions.follow("SealedWithoutTarget", sealed.then(|| ("NoLink", text.to_owned(), next)));
+        let short = self.source.as_ref().filter(|s| s.primary.converging()).and_then(Source::reserve_missing);
+        let next = "make room at the target, or cancel the migration and `watari-sidecar ctl void` there before the VM arrives";
+        self.conditions.follow("TargetReserve", short.map(|text| ("TooLittleRoom", text, next)));
+        let differed = self.source.as_ref().map_or(0, |s| s.verification.differed);
+        self.conditions.follow(
+            "ReplicaDiffered",
+            (differed > 0).then(|| {
+                let text =
+                    format!("{differed} blocks of the replica were not what was sent; they have been sent again");
+                (
+                    "FoundByVerification",
+                    text,
+                    "check the media at both sites: one of them lost or changed what it had acknowledged",
+                )
+            }),
+        );
         let churn = self.source.as_ref().filter(|s| s.primary.counters.given_up > 0 && self.link.is_some());
         let churn = churn.filter(|s| {
             matches!(s.primary.phase(), Phase::Idle) && s.primary.counters.committed == self.committed_before

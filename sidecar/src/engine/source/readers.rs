@@ -6,11 +6,14 @@ use std::{
     thread,
 };
 
-use watari_core::{geometry::Sequence, primary::Read};
+use watari_core::primary::Read;
 
-use super::digests::DigestBook;
+use super::{
+    digests::DigestBook,
+    verify::{self, Check},
+};
 use crate::engine::{
-    build::{self, BuildError, Naming, OutFrame, PeerDigests},
+    build::{self, Naming, PeerDigests},
     event::Event,
     gate::GateDisk,
     stream::Post,
@@ -23,9 +26,20 @@ const READERS: usize = 8;
 
 /// One read and what it is for. `compare`: the peer may have it already.
 pub(super) enum Job {
-    Frozen { read: Read, cut: u64, compare: bool },
-    Current { read: Read, compare: bool },
-    Preserved { read: Read },
+    Frozen {
+        read: Read,
+        cut: u64,
+        compare: bool,
+    },
+    Current {
+        read: Read,
+        compare: bool,
+    },
+    Preserved {
+        read: Read,
+    },
+    /// Nothing is sent: does the peer have what is here?
+    Verify(Check),
 }
 
 /// Jobs that wait for a reader thread.
@@ -79,8 +93,7 @@ impl Readers {
             let (digests, post) = (digests.clone(), post.clone());
             let work = move || {
                 while let Some((job, naming)) = queue.next() {
-                    let (read, frames) = run(&shared, &disks, &digests, job, naming);
-                    post(Event::Built { read, frames });
+                    post(run(&shared, &disks, &digests, job, naming));
                 }
             };
             let spawned = thread::Builder::new().name(format!("reader-{n}")).spawn(work);
@@ -102,13 +115,7 @@ impl Drop for Readers {
     }
 }
 
-fn run(
-    shared: &Shared,
-    disks: &[GateDisk],
-    digests: &DigestBook,
-    job: Job,
-    naming: Naming,
-) -> (Sequence, Result<Vec<OutFrame>, BuildError>) {
+fn run(shared: &Shared, disks: &[GateDisk], digests: &DigestBook, job: Job, naming: Naming) -> Event {
     let compared = |read: &Read, compare: bool| {
         let mut peer = PeerDigests::new();
         if compare {
@@ -116,7 +123,11 @@ fn run(
         }
         peer
     };
-    match job {
+    let (read, frames) = match job {
+        Job::Verify(check) => {
+            let checked = verify::run(shared, disks, digests, &check);
+            return Event::Verified { check, checked };
+        }
         Job::Frozen { read, cut, compare } => {
             let peer = compared(&read, compare);
             let file = disks[usize::from(read.disk.0)].local().file();
@@ -139,7 +150,8 @@ fn run(
             (read.sequence, frames)
         }
         Job::Preserved { read } => (read.sequence, build::preserved(shared, read.sequence, naming)),
-    }
+    };
+    Event::Built { read, frames }
 }
 
 fn give_back(shared: &Shared, read: &Read) {
