@@ -17,18 +17,19 @@
 //! - `domain.rs`: a VM as KubeVirt writes its domain;
 //! - `hooks.rs`: virt-launcher's hook manager, with the schema loss between the calls;
 //! - `vm.rs`: define through the hook, start, look at, end;
-//! - `proxy.rs`, `migrate.rs`: virt-handler's proxies and virt-launcher's migration call.
+//! - `proxy.rs`, `migrate.rs`: virt-handler's proxies and virt-launcher's migration call;
+//! - `synced.rs`: a VM whose disks our sidecars hold, and its way to the other site as the operator and KubeVirt go it.
 //!
 //! ```no_run
 //! # use std::time::Duration;
-//! # use watari_e2e::{build, libvirt::*, qemu::Machine, site::TestBed, wan::Shape};
+//! # use watari_e2e::{libvirt::*, pair::{Pair, PairOptions}, qemu::Machine, site::TestBed, wan::Shape};
 //! # fn main() -> anyhow::Result<()> {
 //! let bed = TestBed::new("libvirt", Shape::wan(100_000_000, Duration::from_millis(170)))?;
 //! let (a, b) = (LibvirtSite::start(&bed.a)?, LibvirtSite::start(&bed.b)?);
 //! // The sidecars run inside: `/run/watari/VOL.sock` and the hook socket's folder are where QEMU and virt-launcher see them.
-//! let folder = a.sidecar_folder()?; // goes into the sidecar's configuration; b has the same
-//! let binary = build::binary("watari-sidecar", "watari-sidecar")?;
-//! let primary = a.command(&bed.a, "primary", &binary).args(["primary", "--config", "/run/watari/primary.toml"]).spawn()?;
+//! let mut pair = Pair::in_pods(&bed, [&a, &b], PairOptions::default())?;
+//! pair.start(1, "replica")?;
+//! pair.start(0, "primary")?;
 //!
 //! let vm = VirtualMachine::new("vm", Machine::small(2).with("rate=2500000"));
 //! let hooks = a.hooks()?; // as virt-launcher looks for them
@@ -36,6 +37,7 @@
 //! let mut guest = a.start_vm(&vm)?.control();
 //! guest.hello(Duration::from_secs(60))?;
 //!
+//! // A target's sidecar and an open handover, as [`SyncedVm::cross`] makes them, then:
 //! b.wait_at_gate(&b.hooks()?, &vm, Duration::from_secs(240))?; // the target's OnDefineDomain, once per second
 //! let report = a.migrate_to(&b, &vm, &MigrationOptions::default())?; // or begin_migration, abort, finish
 //! guest.move_to(b.vm(&vm).control_socket());
@@ -56,6 +58,7 @@ mod domain;
 mod hooks;
 mod migrate;
 mod proxy;
+mod synced;
 mod vm;
 
 pub use daemon::LibvirtSite;
@@ -63,6 +66,7 @@ pub use domain::VirtualMachine;
 pub use hooks::{Hooks, Refusal};
 pub use migrate::{Migration, MigrationOptions, MigrationReport};
 pub use proxy::ProxyBytes;
+pub use synced::{Crossing, SyncedVm, Trouble};
 pub use vm::RunningVm;
 
 /// Why the pair does not do what it should.

@@ -14,6 +14,7 @@ use watari_wire::report::Report;
 
 use crate::{
     build,
+    libvirt::LibvirtSite,
     process::{Process, wait_until},
     qemu::{Backing, Machine, MigrationOptions, MigrationReport, Qemu, Start, migrate},
     site::{Site, TestBed},
@@ -71,7 +72,12 @@ pub struct Pair<'a> {
     pub bed: &'a TestBed,
     pub ends: [End; 2],
     pub options: PairOptions,
+    /// The namespaces that the sidecars run in, where there are more than those of the network: as in a virt-launcher Pod.
+    pods: Option<[&'a LibvirtSite; 2]>,
 }
+
+/// Where the sidecars of [`Pair::in_pods`] serve their disks, as seen inside; our webhook's emptyDir.
+const POD_NBD_FOLDER: &str = "/run/watari";
 
 /// What one move was like.
 #[derive(Clone, Debug)]
@@ -88,6 +94,20 @@ pub struct Move {
 impl<'a> Pair<'a> {
     /// Certificates, images at site A, configurations at both. Nothing runs yet.
     pub fn new(bed: &'a TestBed, options: PairOptions) -> anyhow::Result<Self> {
+        Pair::make(bed, options, None)
+    }
+
+    /// The same beside two libvirtd, as in virt-launcher Pods: sockets in a folder that both see under the same name, and
+    /// our hook server where virt-launcher looks for it.
+    pub fn in_pods(bed: &'a TestBed, pods: [&'a LibvirtSite; 2], options: PairOptions) -> anyhow::Result<Self> {
+        for pod in pods {
+            pod.folder_inside(POD_NBD_FOLDER)?;
+            pod.sidecar_folder()?;
+        }
+        Pair::make(bed, options, Some(pods))
+    }
+
+    fn make(bed: &'a TestBed, options: PairOptions, pods: Option<[&'a LibvirtSite; 2]>) -> anyhow::Result<Self> {
         let pki = bed.dir.join("pki");
         let output = Command::new(build::binary("watari-sidecar", "watari-sidecar")?)
             .args(["pki", "new", "--pair", UUID, "--site", "tokyo", "--site", "osaka", "--out"])
@@ -102,9 +122,9 @@ impl<'a> Pair<'a> {
             runtime: PathBuf::from(format!("/dev/shm/watari-e2e{unique}-{name}")),
             starts: 0,
         };
-        let mut pair = Pair { bed, ends: [end("tokyo"), end("osaka")], options };
+        let mut pair = Pair { bed, ends: [end("tokyo"), end("osaka")], options, pods };
         for index in [0, 1] {
-            let text = pair.configuration(index, &pki);
+            let text = pair.configuration(index, &pki)?;
             let path = pair.site(index).dir.join("sidecar.toml");
             std::fs::write(&path, text)?;
             pair.ends[index].config = path;
@@ -115,7 +135,7 @@ impl<'a> Pair<'a> {
         Ok(pair)
     }
 
-    fn configuration(&self, index: usize, pki: &std::path::Path) -> String {
+    fn configuration(&self, index: usize, pki: &std::path::Path) -> anyhow::Result<String> {
         let (site, peer) = (self.site(index), self.site(1 - index));
         let end = &self.ends[index];
         let dir = site.dir.display();
@@ -130,18 +150,26 @@ impl<'a> Pair<'a> {
                 )
             })
             .collect();
-        format!(
+        let (nbd, hook) = match &self.pods {
+            Some(pods) => {
+                let hook = pods[index].sidecar_folder()?;
+                (PathBuf::from(POD_NBD_FOLDER), format!("[hook]\ndir = \"{}\"\n", hook.display()))
+            }
+            None => (site.dir.join("nbd"), String::new()),
+        };
+        Ok(format!(
             "site = \"{name}\"\nfolder = \"{dir}/folder\"\nruntime_dir = \"{runtime}\"\nlisten = \"{address}:{PORT}\"\n\
              interval = \"{interval}\"\nbandwidth = \"{bandwidth}\"\njournal = \"{journal}\"\n{extra}\n\
-             [pair]\nid = \"{UUID}\"\nname = \"default/vm1\"\n{disks}[nbd]\ndir = \"{dir}/nbd\"\n\
+             [pair]\nid = \"{UUID}\"\nname = \"default/vm1\"\n{disks}[nbd]\ndir = \"{nbd}\"\n{hook}\
              [peer]\naddresses = [\"{peer}:{PORT}\"]\n\
              [tls]\nca = \"{pki}/{name}/ca.crt\"\ncertificate = \"{pki}/{name}/tls.crt\"\nkey = \"{pki}/{name}/tls.key\"\n{tables}\n",
+            nbd = nbd.display(),
             name = end.name,
             runtime = end.runtime.display(),
             address = site.address,
             peer = peer.address,
             pki = pki.display(),
-        )
+        ))
     }
 
     pub fn site(&self, index: usize) -> &'a Site {
@@ -158,9 +186,22 @@ impl<'a> Pair<'a> {
 
     /// The NBD exports of one end, for QEMU.
     pub fn backings(&self, index: usize) -> Vec<Backing> {
-        let nbd = self.site(index).dir.join("nbd");
-        let one = |d: &DiskSpec| Backing::Nbd { socket: nbd.join(format!("{}.sock", d.name)), export: d.name.into() };
+        let one = |d: &DiskSpec| Backing::Nbd { socket: self.socket(index, d.name), export: d.name.into() };
         self.options.disks.iter().map(one).collect()
+    }
+
+    /// Where the harness finds the NBD socket of a disk.
+    pub fn socket(&self, index: usize, disk: &str) -> PathBuf {
+        let folder = match &self.pods {
+            Some(pods) => pods[index].inside(POD_NBD_FOLDER),
+            None => self.site(index).dir.join("nbd"),
+        };
+        folder.join(format!("{disk}.sock"))
+    }
+
+    /// The control socket of one end.
+    pub fn control_socket(&self, index: usize) -> PathBuf {
+        self.site(index).dir.join("folder/control.sock")
     }
 
     /// Start `primary` or `replica` at one end and wait until it answers.
@@ -169,7 +210,16 @@ impl<'a> Pair<'a> {
         let end = &mut self.ends[index];
         end.starts += 1;
         let name = format!("{role}-{}", end.starts);
-        let process = site.sidecar(&name, &[role, "--config", "sidecar.toml", "--log", "info,watari_sidecar=debug"])?;
+        let program = build::binary("watari-sidecar", "watari-sidecar")?;
+        let command = match &self.pods {
+            Some(pods) => pods[index].command(site, &name, program),
+            None => site.command(&name, program),
+        };
+        let process = command
+            .args([role, "--log", "info,watari_sidecar=debug", "--config"])
+            .arg(&end.config)
+            .current_dir(&site.dir)
+            .spawn()?;
         let process = end.sidecar.insert(process);
         let (deadline, config) = (Instant::now() + Duration::from_secs(90), end.config.clone());
         loop {

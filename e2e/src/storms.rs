@@ -1,4 +1,10 @@
-//! Long proofs in a form that a test can run a sample of: kill storms and moves in a row. `make soak` runs them in full.
+//! Long proofs in a form that a test can run a sample of. `make soak` runs them in full.
+//!
+//! - `kills.rs`: `kill -9` of everything of ours, at random instants;
+//! - `moves.rs`: moves in a row, on plain QEMU and on libvirt, with cut links and guests that outrun the link;
+//! - `handovers.rs`: many handovers without a VM, broken around the seal;
+//! - `matrix.rs` with `scene.rs`: a handover with a VM, broken at each of its steps in each way; `watch.rs` looks for two writers;
+//! - `flood.rs`: writes faster than the link, for minutes.
 //!
 //! Judges are never our own digests: `cmp` of the images at a cut for which the guest was paused, the guest's own
 //! memory of what each block must hold, and the offline checker with the guest's acknowledged counts.
@@ -6,6 +12,7 @@
 use std::{
     fs::File,
     io::Read,
+    os::unix::fs::FileExt,
     path::Path,
     time::{Duration, Instant},
 };
@@ -16,16 +23,22 @@ use crate::{
     guest::Control,
     image,
     pair::{Pair, PairOptions},
-    qemu::{Machine, Qemu, Start},
     site::TestBed,
-    wan::Shape,
 };
+
+mod handovers;
+mod kills;
+pub mod matrix;
+mod moves;
+mod scene;
+mod watch;
+
+pub use handovers::handovers;
+pub use kills::kills;
+pub use moves::{Pace, libvirt_moves, moves};
 
 const BOOT: Duration = Duration::from_secs(180);
 const ANSWER: Duration = Duration::from_secs(120);
-/// A supervisor makes its worker a pass-through after five crashes in a minute; before that the storm kills the
-/// supervisor itself, which starts the count anew (as a restart of the container does).
-const WORKER_KILLS_MAX: u32 = 4;
 
 /// Repeatable choices.
 pub struct Dice(u64);
@@ -52,6 +65,16 @@ pub struct Tally {
     pub moves: u32,
     pub cuts_of_the_link: u32,
     pub blocks_right: u64,
+    /// The longest move, seconds.
+    pub longest_move_seconds: f64,
+}
+
+/// A pair whose first end is the source, both running.
+fn start_pair(bed: &TestBed, options: PairOptions) -> anyhow::Result<Pair<'_>> {
+    let mut pair = Pair::new(bed, options)?;
+    pair.start(1, "replica")?;
+    pair.start(0, "primary")?;
+    Ok(pair)
 }
 
 /// The worker below a supervisor.
@@ -107,175 +130,61 @@ fn replica_is_equal(pair: &mut Pair, source: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `kills` times `kill -9` at random instants of source worker, source supervisor and replica, under a writing guest.
-pub fn kills(kills: u32, seed: u64, every: u32) -> anyhow::Result<Tally> {
-    let bed = TestBed::new("kills", Shape::wan(300_000_000, Duration::from_millis(20)))?;
-    let mut pair = Pair::new(&bed, PairOptions { interval: "500ms".into(), ..PairOptions::default() })?;
-    pair.start(1, "replica")?;
-    pair.start(0, "primary")?;
-    let machine = Machine::small(2).with("rate=3000000").with("start=1");
-    let vm = Qemu::start(&bed.a, "vm", &machine, &pair.backings(0), Start::Boot)?;
-    let mut guest = vm.control();
-    guest.hello(BOOT)?;
-    pair.cut(0)?;
-    let mut dice = Dice::new(seed);
-    let mut tally = Tally::default();
-    let mut worker_kills = [0u32; 2];
-    for n in 1..=kills {
-        std::thread::sleep(Duration::from_millis(100 + dice.below(1400)));
-        let end = usize::from(dice.below(3) == 0);
-        let role = ["primary", "replica"][end];
-        let supervisor = pair.ends[end].sidecar.as_ref().context("a sidecar runs at each end")?.pid();
-        if dice.below(3) == 0 || worker_kills[end] >= WORKER_KILLS_MAX {
-            worker_kills[end] = 0;
-            if let Some(mut process) = pair.ends[end].sidecar.take() {
-                process.kill9();
-            }
-            pair.start(end, role).with_context(|| format!("kill {n}, seed {seed}"))?;
-            tally.source_supervisors += u32::from(end == 0);
-        } else if kill_worker(supervisor) {
-            worker_kills[end] += 1;
-            tally.source_workers += u32::from(end == 0);
-        }
-        tally.replicas += u32::from(end == 1);
-        if n % every == 0 {
-            compare(&mut pair, 0, &mut guest).with_context(|| format!("after kill {n}, seed {seed}"))?;
-            tally.comparisons += 1;
-        }
-    }
-    finish(&mut pair, 0, vm, guest, &mut tally)?;
-    Ok(tally)
-}
-
-/// `moves` moves in a row, there and back, the guest writing at `rate` bytes per second; every third time the link is cut
-/// while the pair converges.
-pub fn moves(moves: u32, seed: u64, rate: u64) -> anyhow::Result<Tally> {
-    let bed = TestBed::new("moves", Shape::wan(200_000_000, Duration::from_millis(40)))?;
-    let mut pair = Pair::new(&bed, PairOptions { interval: "1s".into(), ..PairOptions::default() })?;
-    pair.start(1, "replica")?;
-    pair.start(0, "primary")?;
-    let machine = Machine::small(2).with(format!("rate={rate}")).with("start=1");
-    let mut here = Qemu::start(&bed.a, "vm", &machine, &pair.backings(0), Start::Boot)?;
-    let mut guest = here.control();
-    guest.hello(BOOT)?;
-    pair.cut(0)?;
-    let mut dice = Dice::new(seed);
-    let mut tally = Tally::default();
-    let mut at = 0;
-    for n in 0..moves {
-        if n % 3 == 2 {
-            bed.wan.link_down()?;
-            std::thread::sleep(Duration::from_millis(500 + dice.below(3000)));
-            bed.wan.restore()?;
-            tally.cuts_of_the_link += 1;
-        }
-        let (there, _) =
-            pair.move_vm(at, &here, &machine, &format!("m{n}")).with_context(|| format!("move {n}, seed {seed}"))?;
-        guest.move_to(there.control_socket());
-        here.quit()?;
-        here = there;
-        at = 1 - at;
-        tally.moves += 1;
-        let verdict = guest.verify(ANSWER)?;
-        ensure!(verdict.clean(), "after move {n}, seed {seed}: {verdict:?}");
-        guest.resume()?;
-        pair.cut(at)?;
-    }
-    compare(&mut pair, at, &mut guest)?;
-    finish(&mut pair, at, here, guest, &mut tally)?;
-    Ok(tally)
-}
-
-/// `rounds` handovers of a VM-less pair, each broken at a random instant around the seal: a worker of either side is killed,
-/// or the link is cut for a moment. In the end exactly the target serves, with everything that was acknowledged before.
-pub fn handovers(rounds: u32, seed: u64) -> anyhow::Result<Tally> {
-    let bed = TestBed::new("handovers", Shape::wan(300_000_000, Duration::from_millis(10)))?;
-    let mut pair = Pair::new(&bed, PairOptions { interval: "500ms".into(), ..PairOptions::default() })?;
-    pair.start(1, "replica")?;
-    pair.start(0, "primary")?;
-    pair.cut(0)?;
-    let mut dice = Dice::new(seed);
-    let mut tally = Tally::default();
-    let mut from = 0;
-    for n in 0..rounds {
-        let context = || format!("handover {n}, seed {seed}");
-        let to = 1 - from;
-        let pattern = 1 + n % 250;
-        pair.release(to).with_context(context)?;
-        pair.start(to, "primary").with_context(context)?;
-        pair.wait(from, "the link", Duration::from_secs(60), |r| r.link.connected)?;
-        pair.ctl(from, &["open-handover", "--vmi-uid", &format!("round-{n}")]).with_context(context)?;
-        // Acknowledged and flushed at the source, at the last moment.
-        nbd_io(&pair, from, &[&format!("write -P {pattern} {}k 256k", 64 * (n % 100)), "flush"])
-            .with_context(context)?;
-        pair.wait(to, "the offer", Duration::from_secs(60), |r| r.attachable).with_context(context)?;
-        let asked = pair.ctl(to, &["acquire"]);
-        std::thread::sleep(Duration::from_millis(dice.below(40)));
-        match dice.below(4) {
-            0 => {
-                bed.wan.link_down()?;
-                std::thread::sleep(Duration::from_millis(300 + dice.below(700)));
-                bed.wan.restore()?;
-                tally.cuts_of_the_link += 1;
-            }
-            1 => {
-                let supervisor = pair.ends[to].sidecar.as_ref().context("a sidecar runs at each end")?.pid();
-                tally.replicas += u32::from(kill_worker(supervisor));
-            }
-            _ => {
-                let supervisor = pair.ends[from].sidecar.as_ref().context("a sidecar runs at each end")?.pid();
-                tally.source_workers += u32::from(kill_worker(supervisor));
-            }
-        }
-        drop(asked);
-        // A target that was killed has forgotten that it asked; the operator asks again while it is not active.
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while !pair.report(to).is_ok_and(|r| r.role == "Serving") {
-            ensure!(Instant::now() < deadline, "{}: {:?}\n{:?}", context(), pair.report(from), pair.report(to));
-            let _ = pair.ctl(to, &["acquire"]);
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        pair.wait(from, "the old side to be a replica", Duration::from_secs(60), |r| r.role == "Replica")
-            .with_context(context)?;
-        nbd_io(&pair, to, &[&format!("read -P {pattern} {}k 256k", 64 * (n % 100))]).with_context(context)?;
-        tally.moves += 1;
-        from = to;
-    }
-    pair.cut(from)?;
-    replica_is_equal(&mut pair, from)?;
-    Ok(tally)
-}
-
-/// qemu-io on the first disk of one end.
-fn nbd_io(pair: &Pair, end: usize, commands: &[&str]) -> anyhow::Result<()> {
-    let name = pair.options.disks[0].name;
-    let socket = pair.site(end).dir.join("nbd").join(format!("{name}.sock"));
-    let mut qemu_io = std::process::Command::new("qemu-io");
-    qemu_io.args(["-f", "raw"]);
-    commands.iter().for_each(|c| {
-        qemu_io.args(["-c", c]);
-    });
-    let output = qemu_io.arg(format!("nbd+unix:///{name}?socket={}", socket.display())).output()?;
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    ensure!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
-    Ok(())
-}
-
-/// The guest's own verdict, then both sites offline.
-fn finish(pair: &mut Pair, source: usize, vm: Qemu, mut guest: Control, tally: &mut Tally) -> anyhow::Result<()> {
+/// The guest's own verdict, then both sites offline, once `end` has ended the machine in good order.
+fn finish(
+    pair: &mut Pair,
+    source: usize,
+    mut guest: Control,
+    tally: &mut Tally,
+    end: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let verdict = guest.verify(ANSWER)?;
     ensure!(verdict.clean(), "{verdict:?}");
     tally.blocks_right = verdict.groups[0].right;
     pair.cut(source)?;
-    vm.quit()?;
+    end()?;
+    both_sites_hold(pair, source, &verdict.groups[0].acknowledged)
+}
+
+/// Both sidecars end, and what lies on the images of both sites holds every write that was acknowledged.
+fn both_sites_hold(pair: &mut Pair, source: usize, acknowledged: &[u64]) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     for end in [source, 1 - source] {
-        while pair.release(end).is_err() {
-            ensure!(Instant::now() < deadline, "the sidecar of site {end} does not let go");
+        while let Err(error) = pair.release(end) {
+            ensure!(Instant::now() < deadline, "the sidecar of site {end} does not let go: {error:#}");
             std::thread::sleep(Duration::from_millis(200));
         }
-        let tallies = image::check(&pair.images(end), Some(&verdict.groups[0].acknowledged))?;
-        ensure!(tallies.iter().all(|t| t.clean()), "site {end}: {tallies:?}");
+        holds(pair, end, acknowledged)?;
     }
     Ok(())
+}
+
+/// Nothing acknowledged is missing on the images of one end.
+fn holds(pair: &Pair, end: usize, acknowledged: &[u64]) -> anyhow::Result<()> {
+    let tallies = image::check(&pair.images(end), Some(acknowledged))?;
+    ensure!(tallies.iter().all(|t| t.clean()), "site {end}: {tallies:?}");
+    Ok(())
+}
+
+/// Writes bytes that no compression makes smaller, the same for the same seed.
+fn noise(path: &Path, from: u64, bytes: u64, seed: u64) -> anyhow::Result<()> {
+    let file = File::options().write(true).open(path)?;
+    let mut x = 0x9e37_79b9_7f4a_7c15u64 ^ seed.wrapping_mul(0x2545_f491_4f6c_dd1d);
+    let mut chunk = vec![0u8; 1 << 20];
+    for at in (from..from + bytes).step_by(chunk.len()) {
+        for word in chunk.as_chunks_mut::<8>().0 {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            *word = x.to_le_bytes();
+        }
+        let length = chunk.len().min((from + bytes - at) as usize);
+        file.write_all_at(&chunk[..length], at)?;
+    }
+    Ok(())
+}
+
+/// The supervisor of one end.
+fn supervisor(pair: &Pair, end: usize) -> anyhow::Result<u32> {
+    Ok(pair.ends[end].sidecar.as_ref().context("a sidecar runs at each end")?.pid())
 }
