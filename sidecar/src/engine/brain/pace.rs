@@ -3,6 +3,8 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use watari_core::geometry::BLOCK_BYTES;
+
 use super::*;
 use crate::throttle::{backoff, effort};
 
@@ -15,11 +17,13 @@ const COMPRESSION_THREADS: f64 = 0.75;
 
 /// How long a fresh boot waits for the peer's word (design §3.6).
 pub(super) const CONFIRM_WAIT: Duration = Duration::from_secs(5);
-/// Below this lag (32 MiB) a move needs no slowing down.
-const SLOW_DOWN_BELOW_BLOCKS: u64 = 8192;
-/// Bounds of the delay of one guest write, microseconds.
+/// A move needs no slowing down once the link carries what is left within this time (seconds), or it is this little (2 MiB):
+/// the guest waits that long at the seal.
+const SLOW_DOWN_GOAL_SECONDS: f64 = 1.0;
+const SLOW_DOWN_GOAL_BLOCKS_MIN: u64 = 512;
+/// Bounds of the delay of one guest write, microseconds. The upper one holds 32 writes of 4 KiB at a time to 1.3 MB/s.
 const SLOW_DOWN_MICROS_MIN: u64 = 200;
-const SLOW_DOWN_MICROS_MAX: u64 = 20_000;
+const SLOW_DOWN_MICROS_MAX: u64 = 100_000;
 /// Pause between two attempts to leave `Untracked`: each writes a whole log.
 const LEAVE_UNTRACKED_PAUSE: Duration = Duration::from_secs(10);
 
@@ -132,12 +136,10 @@ impl Brain {
         let lag = tracker.current_blocks() + tracker.frozen_blocks();
         let slow = &self.parts.shared.slow_down_micros;
         let now = slow.load(SeqCst);
-        let next = if !self.slow_down || !source.primary.converging() || lag < SLOW_DOWN_BELOW_BLOCKS {
-            0
-        } else if lag >= self.lag_before {
-            (now * 2).clamp(SLOW_DOWN_MICROS_MIN, SLOW_DOWN_MICROS_MAX)
-        } else {
-            now
+        let goal = source.primary.window.rate_bytes_per_second() * SLOW_DOWN_GOAL_SECONDS / BLOCK_BYTES as f64;
+        let next = match self.slow_down && source.primary.converging() {
+            true => next_delay(now, lag, self.lag_before, (goal as u64).max(SLOW_DOWN_GOAL_BLOCKS_MIN)),
+            false => 0,
         };
         self.lag_before = lag;
         if next != now {
@@ -156,5 +158,41 @@ impl Brain {
             Ok(()) => source.compare_everything("changes were not logged for a while"),
             Err(error) => tracing::warn!(error, "the region log cannot be written yet"),
         }
+    }
+}
+
+/// The delay of one guest write (microseconds) for the next second: more while the lag (blocks) does not shrink, less once it is
+/// below the goal. It is let go step by step: let go at once, a writer faster than the link would undo it at once.
+fn next_delay(now: u64, lag: u64, before: u64, goal: u64) -> u64 {
+    if lag > goal && lag >= before {
+        return (now * 2).clamp(SLOW_DOWN_MICROS_MIN, SLOW_DOWN_MICROS_MAX);
+    }
+    let next = if lag > goal { now } else { now / 2 };
+    if next < SLOW_DOWN_MICROS_MIN { 0 } else { next }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A slow-down that ended at a lag of 32 MiB, whatever the link, left a thin one there for ever.
+    #[test]
+    fn a_writer_faster_than_a_thin_link_is_slowed_until_the_lag_is_what_the_link_carries_in_a_second() {
+        let (link, writer, goal) = (512, 1280, 512);
+        let (mut lag, mut before, mut delay) = (9000u64, 0, 0);
+        for _ in 0..120 {
+            delay = next_delay(delay, lag, before, goal);
+            before = lag;
+            // Four writes at a time, each as long as its delay.
+            let slowed = if delay == 0 { writer } else { writer.min(4 * 1_000_000 / delay) };
+            lag = (lag + slowed).saturating_sub(link);
+        }
+        assert!(lag <= 2 * goal, "{lag} blocks are left");
+    }
+
+    #[test]
+    fn a_guest_that_converges_by_itself_is_never_slowed() {
+        assert_eq!(next_delay(0, 400, 100, 512), 0);
+        assert_eq!(next_delay(0, 4000, 5000, 512), 0);
     }
 }
