@@ -26,6 +26,7 @@ use crate::{
     site::TestBed,
 };
 
+mod flood;
 mod handovers;
 mod kills;
 pub mod matrix;
@@ -33,6 +34,7 @@ mod moves;
 mod scene;
 mod watch;
 
+pub use flood::{Flood, Latency, Pressure, Window, flood};
 pub use handovers::handovers;
 pub use kills::kills;
 pub use moves::{Pace, libvirt_moves, moves};

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Parser;
-use watari_e2e::storms::{self, Pace, Tally, matrix};
+use watari_e2e::storms::{self, Flood, Pace, Pressure, Tally, matrix};
 
 /// Kill storms, moves in a row, broken handovers.
 #[derive(Parser)]
@@ -29,6 +29,9 @@ struct Options {
     /// them (`Sealed:LinkCut`).
     #[arg(long, default_value = "all")]
     cells: String,
+    /// Minutes of writes faster than the link; 0 leaves them out.
+    #[arg(long, default_value_t = 5)]
+    flood: u32,
     /// Bytes per second that the guest writes while moving on the QEMU pair.
     #[arg(long, default_value_t = 2_500_000)]
     rate: u64,
@@ -61,7 +64,7 @@ fn moved(tally: &Tally) -> String {
 }
 
 fn main() -> anyhow::Result<()> {
-    let Options { kills, moves, libvirt_moves, fast_moves, handovers, cells, rate, seed } = Options::parse();
+    let Options { kills, moves, libvirt_moves, fast_moves, handovers, cells, flood, rate, seed } = Options::parse();
     println!("seed {seed}");
     let cells = cells_of(&cells, seed)?;
     let mut table = Table::default();
@@ -101,6 +104,21 @@ fn main() -> anyhow::Result<()> {
             let mut outcomes = std::collections::BTreeMap::new();
             done.iter().for_each(|cell| *outcomes.entry(format!("{:?}", cell.outcome)).or_insert(0) += 1);
             Ok(format!("{hit} hit their step; {outcomes:?}"))
+        })?;
+    }
+    if flood > 0 {
+        table.run(format!("{flood} minutes of writes faster than the link"), || {
+            let Flood { windows, idle, flooded, churn, commit_seconds, converge_seconds } =
+                storms::flood(Pressure::minutes(flood))?;
+            let least = windows.iter().map(|w| w.durable_bytes).min().unwrap_or(0) >> 20;
+            let resident = windows.iter().map(|w| w.resident_bytes).max().unwrap_or(0) >> 20;
+            let churn = churn.unwrap_or_else(|| "no generation was given up".into());
+            Ok(format!(
+                "each minute at least {least} MiB newly durable; at most {resident} MiB resident; latency p50/p99 {:.2}/{:.2} ms, idle \
+                 {:.2}/{:.2} ms; committed {commit_seconds:.0} s after the writer's end; slowed down it converged in \
+                 {converge_seconds:.0} s; {churn}",
+                flooded.p50, flooded.p99, idle.p50, idle.p99
+            ))
         })?;
     }
     println!("\n| storm | result | time |\n| --- | --- | --- |\n{}", table.0.join("\n"));

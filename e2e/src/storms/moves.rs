@@ -78,9 +78,9 @@ fn written(stats: &Stats) -> u64 {
 
 /// Bytes of each disk.
 const DISK_BYTES: u64 = 96 << 20;
-/// The guest writes into the first 17 MiB of each disk. What lies from here on is data that nobody changes: were a disk copied,
+/// The guest writes into the first 33 MiB of each disk. What lies from here on is data that nobody changes: were a disk copied,
 /// it would be seen on the link.
-const STILL_FROM: u64 = 32 << 20;
+const STILL_FROM: u64 = 40 << 20;
 /// A crossing whose disks cost less than this beside what the guest wrote meanwhile sent a delta: half of the still data.
 const DELTA_BYTES_MAX: u64 = DISK_BYTES - STILL_FROM;
 
@@ -102,7 +102,7 @@ pub fn libvirt_moves(moves: u32, seed: u64, pace: Pace) -> anyhow::Result<Tally>
     for (number, image) in pair.images(0).iter().enumerate() {
         noise(image, STILL_FROM, DISK_BYTES - STILL_FROM, number as u64 + seed)?;
     }
-    let machine = Machine::small(2).with(format!("rate={rate}")).with("start=1");
+    let machine = Machine::small(2).with(format!("rate={rate}")).with("blocks=8192").with("start=1");
     let mut vm = SyncedVm::boot(pair, pods, VirtualMachine::new("vm", machine))?;
     vm.pair.cut(0).context("the first synchronisation")?;
     bed.wan.change_both(|shape| *shape = Shape::wan(link, Duration::from_millis(40)));

@@ -370,9 +370,9 @@ impl<'a> Scene<'a> {
         self.wait(from, "the source to be the replica", |s, t| s.role == "Replica" && t.role == "Serving")?;
         // Requests that were held for too long have paused it, as the next sync of KubeVirt would notice.
         unpause(&target)?;
-        if let Some(old) = self.vm.replace(target) {
-            old.quit()?;
-        }
+        // Where its sidecar was killed meanwhile it waits for a reconnection that a replica refuses, until its reconnect delay is
+        // over; libvirt ends a source that does not end by itself in the same way.
+        self.vm.replace(target).map(Qemu::kill);
         self.at = to;
         Ok(Outcome::Moved)
     }
@@ -405,9 +405,7 @@ impl<'a> Scene<'a> {
             self.guest.move_to(self.vm()?.control_socket());
             return Ok(Outcome::Stayed);
         }
-        if let Some(old) = self.vm.take() {
-            old.quit()?;
-        }
+        self.vm.take().map(Qemu::kill);
         self.boot(here, &attempt.acknowledged)?;
         Ok(if here == to { Outcome::BootedAtTarget } else { Outcome::BootedAtSource })
     }
