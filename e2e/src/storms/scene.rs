@@ -372,7 +372,7 @@ impl<'a> Scene<'a> {
         unpause(&target)?;
         // Where its sidecar was killed meanwhile it waits for a reconnection that a replica refuses, until its reconnect delay is
         // over; libvirt ends a source that does not end by itself in the same way.
-        self.vm.replace(target).map(Qemu::kill);
+        drop(self.vm.replace(target));
         self.at = to;
         Ok(Outcome::Moved)
     }
@@ -405,7 +405,7 @@ impl<'a> Scene<'a> {
             self.guest.move_to(self.vm()?.control_socket());
             return Ok(Outcome::Stayed);
         }
-        self.vm.take().map(Qemu::kill);
+        drop(self.vm.take());
         self.boot(here, &attempt.acknowledged)?;
         Ok(if here == to { Outcome::BootedAtTarget } else { Outcome::BootedAtSource })
     }

@@ -184,7 +184,7 @@ mod tests {
             delay = next_delay(delay, lag, before, goal);
             before = lag;
             // Four writes at a time, each as long as its delay.
-            let slowed = if delay == 0 { writer } else { writer.min(4 * 1_000_000 / delay) };
+            let slowed = 4_000_000u64.checked_div(delay).map_or(writer, |slowed| slowed.min(writer));
             lag = (lag + slowed).saturating_sub(link);
         }
         assert!(lag <= 2 * goal, "{lag} blocks are left");
