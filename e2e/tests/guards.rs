@@ -77,6 +77,52 @@ fn a_handover_is_not_opened_towards_a_target_without_room_for_what_is_dirty() ->
     Ok(())
 }
 
+#[test]
+fn what_a_side_wrote_alone_before_it_was_fenced_is_listed_told_and_copied() -> anyhow::Result<()> {
+    let bed = TestBed::new("alone", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
+    let mut pair = pair(&bed)?;
+    let after = pair.report(0)?.generations.committed;
+    bed.wan.link_down()?;
+    // Nobody but this side has these: 1 MiB at 2 MiB, and one block of the second disk.
+    qemu_io(&socket(&pair, 0, "root"), "root", &["write -P 6 2M 1M", "flush"])?;
+    qemu_io(&socket(&pair, 0, "data"), "data", &["write -P 7 64k 4k", "flush"])?;
+    pair.ctl(1, &["promote"])?;
+    bed.wan.restore()?;
+    pair.wait(0, "the old side to be fenced", WAIT, |r| r.role == "Fenced")?;
+    let alone = pair.report(0)?.divergence.context("the list")?;
+    ensure!((alone.bytes, alone.after) == ((1 << 20) + 4096, after));
+    let told = |r: &watari_wire::report::Report| {
+        r.conditions.iter().any(|c| c.kind == "PeerFenced" && c.message.contains(&((1u64 << 20) + 4096).to_string()))
+    };
+    pair.wait(1, "the promoted side to be told", WAIT, told)?;
+    pair.release(0)?;
+    let copies = pair.site(0).dir.join("alone");
+    let shown = Command::new(watari_e2e::build::binary("watari-sidecar", "watari-sidecar")?)
+        .args(["inspect", "--config"])
+        .arg(&pair.ends[0].config)
+        .args(["divergence", "--out"])
+        .arg(&copies)
+        .output()?;
+    let shown = format!("{}{}", String::from_utf8_lossy(&shown.stdout), String::from_utf8_lossy(&shown.stderr));
+    ensure!(shown.contains("at 2097152, 1048576 bytes") && shown.contains("at 65536, 4096 bytes"), "{shown}");
+    let mut root = vec![0; 4 << 20];
+    std::fs::File::open(copies.join("root.img"))?.read_exact_at(&mut root, 0)?;
+    ensure!(root[2 << 20..3 << 20].iter().all(|b| *b == 6) && root[..2 << 20].iter().all(|b| *b == 0));
+    // It survives a restart; consent ends it, and the content is a kept generation from then on.
+    pair.start(0, "primary")?;
+    pair.wait(0, "the list after a restart", WAIT, |r| r.divergence.as_ref().is_some_and(|d| d.bytes > 1 << 20))?;
+    pair.ctl(0, &["accept-divergence"])?;
+    pair.wait(0, "a replica", WAIT, |r| r.role == "Replica" && r.divergence.is_none())?;
+    pair.wait(1, "the link", WAIT, |r| r.link.connected)?;
+    let kept =
+        pair.wait(0, "its own content to be kept", WAIT, |r| r.replica.as_ref().is_some_and(|k| !k.kept.is_empty()))?;
+    let own = kept.replica.context("a replica")?.kept.last().cloned().context("a kept generation")?;
+    pair.cut(1)?;
+    qemu_io(&socket(&pair, 0, "generations"), &format!("root@{own}"), &["read -P 6 2M 1M"])?;
+    qemu_io(&socket(&pair, 0, "generations"), "root@latest", &["read -P 0 2M 1M"])?;
+    Ok(())
+}
+
 /// A client that stays connected, as a QEMU does.
 struct Client(Child);
 

@@ -261,6 +261,13 @@ pub enum InspectAction {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
+    /// What this side wrote alone before it was fenced: where, how much, and a copy of it.
+    Divergence {
+        /// Write what was written alone to DIR/<disk>.img, sparse: everything else reads as zeroes. Only while this side is
+        /// Fenced; afterwards it is a kept generation, see `list`.
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
     /// The records as they are, for a bug report.
     Dump,
 }

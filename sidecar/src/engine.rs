@@ -3,7 +3,7 @@
 //! - `start`: from a configuration to a running worker.
 //! - `brain`: the one loop that owns role, link and duty; `source` and `target` are the two duties.
 //! - `gate`, `connections`, `tracking`, `preserve`, `remote`, `latency`: what a guest's request meets.
-//! - `generations`: what a replica keeps, read-only over NBD.
+//! - `divergence`: what a fenced side wrote alone. `generations`: what a replica keeps, read-only over NBD.
 //! - `build`: from blocks to frames. `stream`: gRPC. `convert`: core types and wire types.
 //! - `steering`: how the outside asks and looks; [`handle`] is its implementation.
 
@@ -13,6 +13,7 @@ mod clock;
 mod conditions;
 pub mod connections;
 mod convert;
+pub mod divergence;
 pub mod event;
 pub mod folder;
 pub mod gate;

@@ -27,10 +27,13 @@ use watari_store::{
 use crate::{
     cli::{Inspect, InspectAction},
     config::{Config, ConfigError, Overrides},
+    engine::divergence::DivergenceUnusable,
     engine::folder::{ROLE_MAGIC, ROLE_NAME, ROLE_VERSION, ReplicaFolder},
     identity::PairId,
     status::text,
 };
+
+mod divergence;
 
 /// Bytes read and written at a time by an export.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -61,6 +64,12 @@ pub enum InspectError {
     NoSuchGeneration { found: u64, known: String },
     #[error("nothing is committed yet")]
     NothingCommitted,
+    #[error(transparent)]
+    Divergence(#[from] DivergenceUnusable),
+    #[error(
+        "this side is {0}, expected Fenced: what it wrote alone may be overwritten already; look among the kept generations (`list`)"
+    )]
+    NotFenced(&'static str),
     #[error("{0} findings")]
     Damaged(usize),
 }
@@ -80,6 +89,10 @@ pub fn run(inspect: &Inspect) -> Result<(), InspectError> {
                 return print(&mut out, &["journal, undo and records are right".to_owned()]);
             }
             Err(InspectError::Damaged(findings.len()))
+        }
+        InspectAction::Divergence { out: dir } => {
+            let lines = divergence::show(&config, &opened.record, dir.as_deref())?;
+            print(&mut out, &lines)
         }
         InspectAction::Export { disk, generation, out: file } => {
             let (generation, bytes) = opened.export(&config, disk, *generation, file)?;

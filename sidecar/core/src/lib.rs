@@ -11,6 +11,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod codec;
+pub mod divergence;
 pub mod frame;
 pub mod front;
 pub mod geometry;

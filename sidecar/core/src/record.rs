@@ -61,6 +61,8 @@ impl Role {
             Role::Fenced { .. } => "Fenced",
         }
     }
+    /// What [`Role::tag`] gives for a fenced side.
+    pub const FENCED_TAG: u32 = 8;
     /// Number on disk and on the wire.
     pub fn tag(&self) -> u32 {
         match self {
@@ -71,7 +73,7 @@ impl Role {
             Role::Replica => 5,
             Role::Voided { .. } => 6,
             Role::Promoting { .. } => 7,
-            Role::Fenced { .. } => 8,
+            Role::Fenced { .. } => Role::FENCED_TAG,
         }
     }
 }

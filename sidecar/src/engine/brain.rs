@@ -20,11 +20,12 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use watari_core::{
+    divergence::Divergence,
     geometry::{Generation, GenerationNumber, Session},
     handover::{self, Action, Gate, Message, Site},
     limits,
     primary::{Limits, Phase},
-    record::Role,
+    record::{Role, RoleRecord},
     slots::SlotFile,
 };
 use watari_store::{folder::Folder, lock::FolderLock};
@@ -37,7 +38,7 @@ use super::{
     clock::{random_id, unix_millis},
     conditions::Conditions,
     connections::Connections,
-    convert,
+    convert, divergence,
     event::{Answer, ControlSender, Event, LinkId},
     folder::ReplicaFolder,
     gate::GateDisk,
@@ -92,6 +93,13 @@ struct Link {
     dialler_epoch: u64,
     /// The peer shares our history; otherwise it gets a baseline after the next commit.
     same_history: bool,
+}
+
+/// What a fenced peer wrote alone, as far as it was told.
+#[derive(Default)]
+struct PeerDivergence {
+    blocks: u64,
+    anything: bool,
 }
 
 /// Somebody waits for a commit.
@@ -153,6 +161,10 @@ pub struct Brain {
     frames: VecDeque<WaitingFrame>,
     cuts: Vec<CutWaiter>,
     conditions: Conditions,
+    /// Fenced: what this side wrote alone.
+    divergence: Option<Divergence>,
+    /// What a fenced peer said that it wrote alone.
+    peer_divergence: PeerDivergence,
     /// Handover goal at the target: apply exactly up to this generation.
     apply_goal: Option<Generation>,
     terminating: bool,
@@ -194,6 +206,8 @@ impl Brain {
             frames: VecDeque::new(),
             cuts: Vec::new(),
             conditions: Conditions::default(),
+            divergence: None,
+            peer_divergence: PeerDivergence::default(),
             apply_goal: None,
             terminating: false,
             exit: None,
@@ -306,6 +320,12 @@ impl Brain {
         } else if matches!(role, Role::Replica | Role::Voided { .. } | Role::Promoting { .. } | Role::Fenced { .. }) {
             self.open_target();
         }
+        if matches!(role, Role::Fenced { .. }) {
+            match divergence::read(&self.parts.config.folder, self.parts.config.pair.id.0) {
+                Ok(list) => self.divergence = list,
+                Err(error) => tracing::error!(%error, "what this side wrote alone is not known"),
+            }
+        }
         let actions = self.parts.site.resume();
         self.perform(actions);
         if self.parts.fresh_boot && self.parts.site.record().role == Role::Serving {
@@ -333,6 +353,9 @@ impl Brain {
         for action in actions {
             match action {
                 Action::Persist(record) => {
+                    if let Role::Fenced { by } = record.role {
+                        self.list_divergence(&record, by.counter);
+                    }
                     if let Err(error) = self.parts.slot.write(&mut self.parts.meta, &record.encode()) {
                         // Nothing that follows may happen; the next start reads what is durable.
                         tracing::error!(%error, "the role record cannot be written: the worker starts over");
@@ -394,6 +417,19 @@ impl Brain {
             }
         }
         self.parts.signals.attachable.store(self.parts.site.attachable(), SeqCst);
+    }
+
+    /// What this side wrote and its peer lacks, durable before anything says that this side is fenced.
+    fn list_divergence(&mut self, record: &RoleRecord, by: u64) {
+        let Some(source) = &self.source else { return };
+        self.parts.shared.tracker.seal();
+        self.drain();
+        let list = divergence::list(&self.parts.shared, record, by, source.primary.base());
+        if let Err(error) = divergence::write(&self.parts.config.folder, &list) {
+            tracing::error!(%error, "the list of what this side wrote alone cannot be kept: the worker starts over");
+            std::process::exit(super::EXIT_RECORD);
+        }
+        self.divergence = Some(list);
     }
 
     /// Wait for the writes that passed the gate before it closed. They are on their way to a local disk.
@@ -492,6 +528,11 @@ impl Brain {
             Ok(store) => {
                 self.set_target(Some(Target::new(store)));
                 self.parts.shared.tracker.clear_all();
+                // What it wrote alone is a kept generation of this replica now.
+                self.divergence = None;
+                if let Err(error) = divergence::remove(&self.parts.config.folder) {
+                    tracing::warn!(%error, "the list of divergent blocks is left behind");
+                }
                 self.apply(handover::Event::Adopted);
             }
             Err(error) => self.conditions.set(

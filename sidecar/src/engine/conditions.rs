@@ -67,7 +67,7 @@ impl Conditions {
                 "Fenced",
                 "Replaced",
                 "another side was promoted while this one was active: it serves nothing any more",
-                "copy the disk images if their later writes are needed, then `watari-sidecar ctl accept-divergence`",
+                "`watari-sidecar inspect divergence` shows what it wrote alone and copies it; then `watari-sidecar ctl accept-divergence`",
             ),
             C::Unfenced => (
                 "Unfenced",

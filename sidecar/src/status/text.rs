@@ -23,6 +23,11 @@ pub fn page(report: &Report) -> Vec<String> {
     }
     lines.extend(disks(report));
     lines.extend(verification(report));
+    if let Some(alone) = &report.divergence {
+        let much =
+            if alone.anything { "any block may have been".to_owned() } else { format!("{} were", bytes(alone.bytes)) };
+        lines.push(format!("Alone   {much} written here after {}", or(&alone.after, "the last common generation")));
+    }
     if let Some(replica) = &report.replica {
         lines.push(format!(
             "Replica {}, committed {}, applied {}, journal {} of {}, undo {}, free {}",

@@ -25,6 +25,8 @@ pub struct Report {
     /// Present while this side holds a replica.
     pub replica: Option<ReplicaReport>,
     pub transfer: TransferReport,
+    /// Present while this side is fenced: what it wrote alone.
+    pub divergence: Option<DivergenceReport>,
     /// Present while this side is the source.
     pub verification: Option<VerificationReport>,
     /// How marks are trusted: Tracked, Untracked, Comparing, PassThrough.
@@ -111,6 +113,19 @@ pub struct TransferReport {
     pub frames: u64,
     pub preserve_bytes: u64,
     pub preserve_limit_bytes: u64,
+}
+
+/// What a fenced side wrote after the newest generation that both sites have.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DivergenceReport {
+    /// Bytes in all disks; a block that was written twice counts once.
+    pub bytes: u64,
+    pub extents: u64,
+    /// "epoch.number" of that generation.
+    pub after: String,
+    /// Changes were not tracked: any block may have been written.
+    pub anything: bool,
 }
 
 /// The continuous comparison of clean blocks with the replica (source only).

@@ -42,7 +42,6 @@ impl Brain {
             staged,
             virgin: self.target.as_ref().is_some_and(|t| t.is_virgin()),
             identity: convert::bytes(&record.identity),
-            baseline: String::new(),
         }
     }
 
@@ -120,6 +119,7 @@ impl Brain {
         }
         let record = self.parts.site.record();
         let same_history = record.identity != [0; 16] && hello.identity[..] == record.identity;
+        self.peer_divergence = PeerDivergence::default();
         self.link = Some(Link { id, peer, control: control.clone(), rtt_millis: 0.0, dialler_epoch, same_history });
         self.reconnects += 1;
         let takes_frames = matches!(met.role, PeerRole::Replica | PeerRole::Voided { .. });
@@ -139,15 +139,8 @@ impl Brain {
     fn met_as_dialer(&mut self, hello: &Hello, control: ControlSender, data: DataPool, takes_frames: bool, same: bool) {
         let record = self.parts.site.record();
         if !record.role.is_active_side() || !takes_frames {
-            let fenced = hello.role == 8 || hello.role == 7;
-            if fenced {
-                let text = "the peer was active before and holds writes of its own";
-                self.conditions.set(
-                    "PeerFenced",
-                    "Divergence",
-                    text,
-                    "at the peer: `watari-sidecar ctl accept-divergence` lets them be overwritten",
-                );
+            if hello.role == Role::FENCED_TAG {
+                self.peer_is_fenced();
             }
             self.parts.post_later(Duration::from_secs(1));
             return;
@@ -156,6 +149,24 @@ impl Brain {
         if let Some(source) = &mut self.source {
             source.link_up(unix_millis(), hello, control, data, same);
         }
+    }
+
+    /// The peer was active before; what it wrote alone is known once it has said so.
+    fn peer_is_fenced(&mut self) {
+        let PeerDivergence { blocks, anything } = self.peer_divergence;
+        let text = match (anything, blocks) {
+            (true, _) => "the peer was active before and holds writes of its own; which ones is not known".to_owned(),
+            (false, 0) => "the peer was active before".to_owned(),
+            (false, blocks) => {
+                let bytes = blocks * watari_core::geometry::BLOCK_BYTES;
+                format!(
+                    "the peer was active before and holds {bytes} bytes of its own, written after the common generation"
+                )
+            }
+        };
+        let next = "at the peer: `watari-sidecar inspect divergence` shows and copies them, `ctl accept-divergence` lets them be overwritten";
+        self.conditions.clear("PeerFenced");
+        self.conditions.set("PeerFenced", "Divergence", &text, next);
     }
 
     fn met_as_listener(&mut self, hello: &Hello) {
@@ -179,6 +190,9 @@ impl Brain {
         self.frames.clear();
         if let Some(link) = &self.link {
             let _ = link.control.send(message(Body::Hello(reply)));
+            for part in self.divergence.iter().flat_map(|list| divergence::messages(list, self.parts.disks.len())) {
+                let _ = link.control.send(message(Body::Divergence(part)));
+            }
             self.parts.remote.link(Some(link.control.clone()));
         }
         for disk in self.parts.disks.iter() {
@@ -278,7 +292,14 @@ impl Brain {
                     target.superseded(&m);
                 }
             }
-            Body::Divergence(_) => {}
+            Body::Divergence(part) => {
+                let seen = &mut self.peer_divergence;
+                seen.blocks += part.extents.chunks_exact(2).map(|e| e[1]).sum::<u64>();
+                seen.anything |= part.anything;
+                if part.last {
+                    self.peer_is_fenced();
+                }
+            }
         }
     }
 

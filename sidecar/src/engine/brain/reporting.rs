@@ -4,7 +4,8 @@ use std::sync::PoisonError;
 
 use watari_core::{geometry::BLOCK_BYTES, primary::Phase, tracker::MapName};
 use watari_wire::report::{
-    DiskReport, GenerationsReport, LinkReport, ReplicaReport, Report, TransferReport, VerificationReport,
+    DiskReport, DivergenceReport, GenerationsReport, LinkReport, ReplicaReport, Report, TransferReport,
+    VerificationReport,
 };
 
 use super::*;
@@ -30,6 +31,12 @@ impl Brain {
             generations: self.generations_report(),
             replica: self.replica_report(),
             transfer: self.transfer_report(),
+            divergence: self.divergence.as_ref().map(|list| DivergenceReport {
+                bytes: list.bytes(),
+                extents: list.extents.len() as u64,
+                after: name(list.base),
+                anything: list.anything,
+            }),
             verification: self.verification_report(),
             trust: self.trust().to_owned(),
             conditions: self.conditions.list(),
