@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help tools setup build static test unit fmt lint deny demo soak
+.PHONY: help tools setup build static test unit fmt lint deny demo soak clusters clusters-down
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 ARGS ?=
@@ -12,7 +12,7 @@ MINUTES ?= 10
 SEEDS ?= 10000000
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install rustup; rust-toolchain.toml then picks the version"; exit 1; }
@@ -57,3 +57,12 @@ soak: ## the long tests: 200 kills and 20 moves on real QEMU, millions of simula
 	e2e/setup.sh test
 	cargo run --profile soak -p watari-sim -- soak --minutes $(MINUTES) --seeds $(SEEDS)
 	cargo run --release -p watari-e2e --bin watari-soak -- $(ARGS)
+
+# What is built from Go modules is kept outside the work tree: e2e/clusters/README.md.
+clusters: tools ## bring two Kubernetes clusters up, with an emulated WAN between them (as root; ARGS="--nodes 2 rate=1G delay=10ms")
+	e2e/setup.sh clusters
+	cargo run -q -p watari-clusters -- up $(ARGS)
+	cargo run -q -p watari-clusters -- images
+
+clusters-down: tools ## take the clusters off this machine
+	cargo run -q -p watari-clusters -- down

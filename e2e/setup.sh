@@ -2,7 +2,7 @@
 # Installs what the whole-system tests, the demo and the benchmarks need on Debian 12 (or newer), and unpacks the kernel
 # that the test guest boots. Says what it does, changes nothing that is already there, and may be run any number of times.
 #
-#   e2e/setup.sh [test|demo|bench]      default: test (which includes all that the demo needs)
+#   e2e/setup.sh [test|demo|bench|clusters]      default: test (which includes all that the demo needs)
 #
 # Needs root for the packages. What it leaves on the machine:
 #   - Debian packages (listed below), without recommended ones and without starting a service of theirs;
@@ -28,11 +28,14 @@ profile=${1:-test}
 demo_packages=(gcc libc6-dev iproute2 kmod util-linux e2fsprogs procps qemu-system-x86 qemu-utils)
 test_packages=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients nbdkit libnbd-bin python3-libnbd fio)
 bench_packages=(rsync openssh-server openssh-client)
+# What the nodes of `make clusters` take from Debian; the programs of Kubernetes are built from Go modules (e2e/clusters/tools).
+clusters_packages=(containerd runc containernetworking-plugins iptables busybox-static)
 case $profile in
     demo) packages=("${demo_packages[@]}") ;;
     test) packages=("${demo_packages[@]}" "${test_packages[@]}") ;;
     bench) packages=("${demo_packages[@]}" "${test_packages[@]}" "${bench_packages[@]}") ;;
-    *) die "unknown subset '$profile' (known: demo, test, bench)" ;;
+    clusters) packages=("${demo_packages[@]}" "${clusters_packages[@]}") ;;
+    *) die "unknown subset '$profile' (known: demo, test, bench, clusters)" ;;
 esac
 
 [ -r /etc/os-release ] || die "this is not Debian: /etc/os-release is missing"

@@ -1,0 +1,201 @@
+//! Container images without a registry and without an image builder: an archive (`docker save` format) of one layer, made with `tar`,
+//! imported into each node's containerd.
+//!
+//! An archive is the same, byte for byte, whenever its files are; a node imports one only if it does not have it yet. Archives from
+//! elsewhere that lie in the folder are imported as well (KubeVirt's own, for one).
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+use watari_e2e::build;
+
+use crate::folders::{self, Folders};
+use crate::node;
+use crate::plan::{NodePlan, Plan};
+
+/// What a Pod's namespaces hang on.
+pub const PAUSE_IMAGE: &str = "watari.internal/pause:1";
+/// A shell and small tools, for Pods of tests.
+pub const BUSYBOX_IMAGE: &str = "watari.internal/busybox:1";
+/// The sidecar as it is in the work tree.
+pub const SIDECAR_IMAGE: &str = "watari.internal/watari-sidecar:dev";
+/// Debian's static busybox (package busybox-static).
+pub const BUSYBOX: &str = "/bin/busybox";
+/// The target that `make static` uses; it keeps the flags away from build scripts.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Why an image is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Folder(#[from] folders::Error),
+    #[error(transparent)]
+    Node(#[from] node::Error),
+    #[error("{program}: {message}")]
+    Tool { program: String, message: String },
+}
+
+/// A name for a layer, and how a container of it starts.
+pub struct Image<'a> {
+    pub name: &'a str,
+    /// The `config` object of the image specification: Entrypoint, Cmd, Env, User.
+    pub config: Value,
+}
+
+/// Runs a command to its end; answers what it printed.
+pub(crate) fn tool(command: &mut Command) -> Result<String, Error> {
+    let program = format!("{command:?}");
+    let fail = |message: String| Error::Tool { program: program.clone(), message };
+    let output = command.output().map_err(|error| fail(error.to_string()))?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(fail(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+    }
+}
+
+fn sha256(path: &Path) -> Result<String, Error> {
+    let output = tool(Command::new("sha256sum").arg(path))?;
+    Ok(output.split_whitespace().next().unwrap_or_default().to_owned())
+}
+
+/// A scratch folder below `images/`, removed with the value.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn create(folders: &Folders, label: &str) -> Result<Scratch, Error> {
+        let path = folders.images().join(format!(".{label}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).map_err(folders::at(&path))?;
+        Ok(Scratch(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Packs the tree `root` as one layer under the given names into `images/NAME.tar`.
+pub fn pack(folders: &Folders, name: &str, root: &Path, images: &[Image]) -> Result<PathBuf, Error> {
+    let scratch = Scratch::create(folders, name)?;
+    let layer = scratch.0.join("layer.tar");
+    let tar = |to: &Path, from: &Path, what: &[String]| {
+        let mut command = Command::new("tar");
+        command.args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mtime=@0", "-cf"]);
+        tool(command.arg(to).arg("-C").arg(from).args(what)).map(drop)
+    };
+    tar(&layer, root, &[".".to_owned()])?;
+    let digest = sha256(&layer)?;
+    let mut files = vec!["layer.tar".to_owned()];
+    let mut manifest = Vec::new();
+    for image in images {
+        let config = json!({
+            "architecture": "amd64", "os": "linux", "config": image.config,
+            "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
+        });
+        let unnamed = scratch.0.join("config");
+        std::fs::write(&unnamed, config.to_string()).map_err(folders::at(&unnamed))?;
+        let file = format!("{}.json", sha256(&unnamed)?);
+        std::fs::rename(&unnamed, scratch.0.join(&file)).map_err(folders::at(&unnamed))?;
+        manifest.push(json!({ "Config": file, "RepoTags": [image.name], "Layers": ["layer.tar"] }));
+        files.push(file);
+    }
+    folders::write(&scratch.0.join("manifest.json"), Value::from(manifest).to_string().as_bytes())?;
+    files.push("manifest.json".to_owned());
+    let (fresh, archive) = (scratch.0.join("archive"), folders.images().join(format!("{name}.tar")));
+    tar(&fresh, &scratch.0, &files)?;
+    // Untouched if it is the same: nodes go by its date.
+    if std::fs::read(&archive).ok() != Some(std::fs::read(&fresh).map_err(folders::at(&fresh))?) {
+        std::fs::rename(&fresh, &archive).map_err(folders::at(&archive))?;
+    }
+    Ok(archive)
+}
+
+/// Pause and busybox.
+pub fn ensure_base(folders: &Folders) -> Result<(), Error> {
+    if folders.images().join("base.tar").exists() {
+        return Ok(());
+    }
+    let scratch = Scratch::create(folders, "base-tree")?;
+    let make = |name: &str| {
+        let path = scratch.0.join(name);
+        std::fs::create_dir_all(&path).map_err(folders::at(&path))?;
+        Ok::<PathBuf, Error>(path)
+    };
+    let (bin, etc) = (make("bin")?, make("etc")?);
+    for name in ["tmp", "proc", "sys", "dev", "var", "root"] {
+        make(name)?;
+    }
+    std::fs::copy(BUSYBOX, bin.join("busybox")).map_err(folders::at(Path::new(BUSYBOX)))?;
+    for applet in tool(Command::new(BUSYBOX).arg("--list"))?.lines().filter(|applet| *applet != "busybox") {
+        std::os::unix::fs::symlink("busybox", bin.join(applet)).map_err(folders::at(&bin))?;
+    }
+    folders::write(&etc.join("passwd"), b"root:x:0:0::/root:/bin/sh\nqemu:x:107:107::/:/bin/sh\n")?;
+    folders::write(&etc.join("group"), b"root:x:0:\nqemu:x:107:\n")?;
+    let path = json!(["PATH=/bin"]);
+    let images = [
+        Image { name: PAUSE_IMAGE, config: json!({ "Entrypoint": ["/bin/sleep", "2147483647"], "Env": path }) },
+        Image { name: BUSYBOX_IMAGE, config: json!({ "Entrypoint": ["/bin/sh"], "Env": path }) },
+    ];
+    pack(folders, "base", &scratch.0, &images)?;
+    Ok(())
+}
+
+/// Builds the sidecar as one static program and packs it, alone, into an image.
+pub fn ensure_sidecar(folders: &Folders) -> Result<(), Error> {
+    let profile = std::env::var("WATARI_E2E_PROFILE").unwrap_or_else(|_| "dev".into());
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(["build", "--quiet", "-p", "watari-sidecar", "--target", TARGET, "--profile", &profile]);
+    // As the guest's program is built, so that the two share what they are made of.
+    command.env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols").current_dir(build::workspace());
+    tool(&mut command)?;
+    let folder = if profile == "dev" { "debug" } else { &profile };
+    let program = build::target_folder().join(TARGET).join(folder).join("watari-sidecar");
+    let scratch = Scratch::create(folders, "sidecar-tree")?;
+    std::fs::copy(&program, scratch.0.join("watari-sidecar")).map_err(folders::at(&program))?;
+    let image = Image { name: SIDECAR_IMAGE, config: json!({ "Entrypoint": ["/watari-sidecar"] }) };
+    pack(folders, "watari-sidecar", &scratch.0, &[image])?;
+    Ok(())
+}
+
+/// Gives every archive to every node that runs. Answers how many imports there were.
+pub fn import(folders: &Folders, plan: &Plan) -> Result<usize, Error> {
+    std::thread::scope(|scope| {
+        let jobs: Vec<_> = plan.nodes().map(|node| scope.spawn(move || import_into(folders, &node))).collect();
+        jobs.into_iter().map(|job| job.join().expect("an import returns its errors")).sum()
+    })
+}
+
+fn import_into(folders: &Folders, node: &NodePlan) -> Result<usize, Error> {
+    let images = folders.images();
+    let mut archives: Vec<PathBuf> = std::fs::read_dir(&images)
+        .map_err(folders::at(&images))?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "tar"))
+        .collect();
+    archives.sort();
+    let mut imported = 0;
+    node::await_runtime(folders, node)?;
+    for archive in archives {
+        let name = archive.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let stamp = folders.node(node).join("imported").join(name);
+        let version = version(&archive).map_err(folders::at(&archive))?;
+        if std::fs::read_to_string(&stamp).is_ok_and(|known| known == version) {
+            continue;
+        }
+        // A node's view of the machine may lack the folder; its own root sees the archive through a descriptor.
+        let file = std::fs::File::open(&archive).map_err(folders::at(&archive))?;
+        tool(node::command(folders, node, "ctr")?.args(["-n", "k8s.io", "images", "import", "-"]).stdin(file))?;
+        folders::write(&stamp, version.as_bytes())?;
+        imported += 1;
+    }
+    Ok(imported)
+}
+
+fn version(archive: &Path) -> io::Result<String> {
+    let metadata = std::fs::metadata(archive)?;
+    Ok(format!("{}-{:?}", metadata.len(), metadata.modified()?))
+}
