@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help tools setup build static test unit fmt lint deny demo soak clusters clusters-down
+.PHONY: help tools setup build static test unit fmt lint deny demo soak bench clusters clusters-down
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 ARGS ?=
@@ -57,6 +57,11 @@ soak: ## the long tests: 200 kills and 20 moves on real QEMU, millions of simula
 	e2e/setup.sh test
 	cargo run --profile soak -p watari-sim -- soak --minutes $(MINUTES) --seeds $(SEEDS)
 	cargo run --release -p watari-e2e --bin watari-soak -- $(ARGS)
+
+bench: ## measure everything beside its peers: a table, docs/BENCHMARKS.md and plots (as root; ARGS="--only F3,F5", --quick, --help)
+	e2e/setup.sh bench
+	cargo build --release -q -p watari-sidecar
+	cargo run --release -q -p watari-e2e --bin watari-bench -- $(ARGS)
 
 # What is built from Go modules is kept outside the work tree: e2e/clusters/README.md.
 clusters: tools ## bring two Kubernetes clusters up, with an emulated WAN between them (as root; ARGS="--nodes 2 rate=1G delay=10ms")

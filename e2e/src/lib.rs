@@ -20,6 +20,7 @@
 //! | [`image`] | judges raw images without their guest |
 //! | [`libvirt`] | the libvirt pair, driven as virt-launcher drives it |
 //! | [`baseline`] | the full block migration that KubeVirt would do |
+//! | [`bench`] | `make bench`: figures beside their peers |
 //! | [`build`] | the workspace's binaries, built when needed |
 //!
 //! # A test, from end to end
@@ -73,6 +74,7 @@
 //! `WATARI_E2E_PROFILE=release` takes release builds of our binaries.
 
 pub mod baseline;
+pub mod bench;
 pub mod build;
 mod cpio;
 pub mod guest;
