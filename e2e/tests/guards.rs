@@ -123,6 +123,50 @@ fn what_a_side_wrote_alone_before_it_was_fenced_is_listed_told_and_copied() -> a
     Ok(())
 }
 
+/// What the loss of a node does to a side: the memory that held its marks is gone.
+fn forget_memory(pair: &Pair, end: usize) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(&pair.ends[end].config)?;
+    let line = text.lines().find_map(|l| l.strip_prefix("runtime_dir = ")).context("a runtime_dir")?;
+    Ok(std::fs::remove_dir_all(line.trim_matches('"'))?)
+}
+
+#[test]
+fn after_the_loss_of_a_node_the_peer_proves_the_region_log_and_only_its_regions_are_compared() -> anyhow::Result<()> {
+    // Long enough a way that a comparison of everything can be seen.
+    let bed = TestBed::new("node", Shape::wan(1_000_000_000, Duration::from_millis(60)))?;
+    let mut pair = pair(&bed)?;
+    let root = socket(&pair, 0, "root");
+    qemu_io(&root, "root", &["write -P 2 0 64M", "flush"])?;
+    pair.cut(0)?;
+    // Cold regions leave the log, and a heartbeat of it is heard.
+    std::thread::sleep(Duration::from_secs(12));
+    pair.ctl(0, &["set", "--paused", "true"])?;
+    qemu_io(&root, "root", &["write -P 3 40M 64k", "flush"])?;
+    std::thread::sleep(Duration::from_secs(2));
+    // The node is gone, with the memory that held the marks; the folder and the disks are not.
+    drop(pair.ends[0].sidecar.take());
+    forget_memory(&pair, 0)?;
+    pair.start(0, "primary")?;
+    pair.wait(0, "the pair to be proved", WAIT, |r| r.trust == "Tracked" && r.generations.committed_number > 0)?;
+    let cut = pair.cut(0)?;
+    let report = pair.report(0)?;
+    ensure!(report.transfer.content_bytes > 0 && report.transfer.content_bytes < 32 << 20, "{cut}: {report:?}");
+    qemu_io(&socket(&pair, 1, "generations"), "root@latest", &["read -P 3 40M 64k", "read -P 2 41M 23M"])?;
+    // A peer that heard nothing proves nothing: then everything is compared, and it says why.
+    pair.release(1)?;
+    pair.start(1, "replica")?;
+    drop(pair.ends[0].sidecar.take());
+    pair.release(1)?;
+    pair.start(1, "replica")?;
+    forget_memory(&pair, 0)?;
+    pair.start(0, "primary")?;
+    pair.wait(0, "a full comparison with its reason", WAIT, |r| {
+        r.conditions.iter().any(|c| c.kind == "FullCompare" && c.message.contains("heartbeat"))
+    })?;
+    pair.cut(0)?;
+    Ok(())
+}
+
 /// A client that stays connected, as a QEMU does.
 struct Client(Child);
 

@@ -28,7 +28,7 @@ use watari_core::{
     record::{Role, RoleRecord},
     slots::SlotFile,
 };
-use watari_store::{folder::Folder, lock::FolderLock};
+use watari_store::{folder::Folder, lock::FolderLock, trust::StartFacts};
 use watari_wire::{
     replication::{self as wire, Hello, control_message::Body},
     report::Report,
@@ -139,6 +139,10 @@ pub struct Parts {
     /// Nothing shows that a guest was served a moment ago (a worker that restarts under its QEMU): the peer is asked first
     /// whether it was promoted meanwhile.
     pub fresh_boot: bool,
+    /// What a starting source found, until the peer's word on it is heard.
+    pub start_facts: Option<StartFacts>,
+    /// This start's number in the trust record; 0: it could not be recorded.
+    pub starts: u64,
 }
 
 /// Where the marks of a starting source come from.
@@ -150,6 +154,8 @@ pub enum Baseline {
     Compare(Vec<(watari_core::geometry::DiskIndex, u64, u64)>),
     /// Everything may differ, for this reason.
     Everything(String),
+    /// The peer's word decides between the log and everything ([`Brain::judge_start`]).
+    Unproven,
 }
 
 /// See the module's header.
@@ -163,6 +169,10 @@ pub struct Brain {
     conditions: Conditions,
     /// Fenced: what this side wrote alone.
     divergence: Option<Divergence>,
+    /// As a listener: the active side's folder and what it said of itself last.
+    heard: Option<(Bytes, wire::Witness)>,
+    /// As a listener: the folder of the side that dialled.
+    dialler_site: Bytes,
     /// What a fenced peer said that it wrote alone.
     peer_divergence: PeerDivergence,
     /// Handover goal at the target: apply exactly up to this generation.
@@ -207,6 +217,8 @@ impl Brain {
             cuts: Vec::new(),
             conditions: Conditions::default(),
             divergence: None,
+            heard: None,
+            dialler_site: Bytes::new(),
             peer_divergence: PeerDivergence::default(),
             apply_goal: None,
             terminating: false,
@@ -496,7 +508,7 @@ impl Brain {
         let mut source =
             Source::new(begin, self.parts.shared.clone(), self.parts.disks.clone(), self.parts.post.clone());
         match baseline {
-            Baseline::Marks => {}
+            Baseline::Marks | Baseline::Unproven => {}
             Baseline::Compare(ranges) => {
                 for (disk, first, blocks) in ranges {
                     source.must_compare(disk, first, blocks);

@@ -6,7 +6,7 @@
 
 use std::{
     fs::File,
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, Mutex, atomic::AtomicBool, mpsc},
     time::Duration,
 };
 
@@ -29,7 +29,7 @@ use watari_store::{
     lock::FolderLock,
     maps::{BootId, MapIdentity, MapMemory},
     regions::{FileMedium, MarksProof, RegionLog, UntrackedReason, read_log},
-    trust::{self, LogFact, MapFact, Marks, StartFacts, StartState, TrustFact},
+    trust::{self, FullCompareReason, LogFact, MapFact, Marks, StartFacts, StartState, TrustFact},
 };
 use watari_wire::{replication::Hello, report::Report};
 
@@ -150,7 +150,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
     });
     let source = record.role.is_active_side();
     let opened = open_tracking(&config, &layout, &record, session, source)?;
-    let Opened { maps, regions, baseline, fresh } = opened;
+    let Opened { maps, regions, baseline, fresh, facts, starts } = opened;
     let spill = config.folder.join("spill");
     let wake = post.clone();
     let shared = Arc::new(Shared {
@@ -159,6 +159,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         preserve: PreserveStore::new(config.preserve.memory_bytes, Some((&spill, config.preserve.spill_bytes))),
         give_up: Default::default(),
         pass_through: flags.pass_through && record.role.accepts_writes(),
+        unproven: AtomicBool::new(baseline == Baseline::Unproven),
         slow_down_micros: Default::default(),
         written_bytes: Default::default(),
         latency: Default::default(),
@@ -220,6 +221,8 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         report: report.clone(),
         baseline,
         fresh_boot: fresh,
+        start_facts: facts,
+        starts,
     };
     // The listener first: a port in use is a refusal, not a surprise later.
     let listener = Listener::bind(config.listen, tls.clone()).await.map_err(refused)?;
@@ -377,6 +380,21 @@ struct Opened {
     baseline: Baseline,
     /// Not a worker that restarts under its QEMU, and not the first start of all.
     fresh: bool,
+    /// What a starting source found, for the peer's word on it.
+    facts: Option<StartFacts>,
+    /// This start's number in the trust record; 0: it could not be recorded.
+    starts: u64,
+}
+
+/// The blocks of regions: disk, first block, blocks.
+pub(super) fn blocks_of(layout: &RegionLayout, set: &RegionSet) -> Vec<(DiskIndex, u64, u64)> {
+    let one = |n: usize| {
+        let region = layout.region(n);
+        let blocks = watari_core::geometry::blocks_for(layout.sizes()[usize::from(region.disk.0)]);
+        let start = region.index * REGION_BLOCKS;
+        (region.disk, start, REGION_BLOCKS.min(blocks - start))
+    };
+    set.iter().map(one).collect()
 }
 
 /// Map memory, region log and trust, and what they say about the marks.
@@ -406,7 +424,8 @@ fn open_tracking(
     };
     let usable = matches!(map, MapFact::Usable { .. });
     let first = record.starts == 1;
-    let state = trust::decide(StartFacts { trust: trusted, map, log: LogFact::new(log), heard: None });
+    let facts = StartFacts { trust: trusted, map, log: LogFact::new(log), heard: None };
+    let state = trust::decide(facts.clone());
     let fresh = !first && state != StartState::UncleanWithMap;
     let maps = match existing {
         Ok(memory) if usable && source => memory,
@@ -418,15 +437,6 @@ fn open_tracking(
         // Nothing was ever synchronised: the first contact says whether to copy or to compare.
         (RegionSet::all(layout), Baseline::Marks)
     } else {
-        let ranges = |set: &RegionSet| {
-            let one = |n: usize| {
-                let region = layout.region(n);
-                let blocks = watari_core::geometry::blocks_for(layout.sizes()[usize::from(region.disk.0)]);
-                let start = region.index * REGION_BLOCKS;
-                (region.disk, start, REGION_BLOCKS.min(blocks - start))
-            };
-            Baseline::Compare(set.iter().map(one).collect())
-        };
         match state {
             StartState::Clean(Marks::Map) | StartState::UncleanWithMap => {
                 let mut set = RegionSet::none(layout);
@@ -440,8 +450,12 @@ fn open_tracking(
                 (set, Baseline::Marks)
             }
             StartState::Clean(Marks::Regions(set)) | StartState::UncleanWithLog(set) => {
-                let baseline = ranges(&set);
+                let baseline = Baseline::Compare(blocks_of(layout, &set));
                 (set, baseline)
+            }
+            // The log looks right; whether it was written to the end only the peer can tell.
+            StartState::FullCompare(FullCompareReason::NoContact { .. }) => {
+                (RegionSet::all(layout), Baseline::Unproven)
             }
             StartState::FullCompare(reason) => (RegionSet::all(layout), Baseline::Everything(reason.to_string())),
         }
@@ -453,10 +467,12 @@ fn open_tracking(
     let header = LogHeader { pair, log_id: random_u64(), session: session.0, sizes: layout.sizes().to_vec() };
     let medium = FileMedium::create(&config.folder, &header, layout, &regions);
     let sink = Arc::new(maps.clone());
+    let starts = begun.as_ref().map_or(0, |record| record.starts);
     let regions = match (begun, medium) {
         (Ok(_), Ok(medium)) => {
             maps.facts().confirm_start(start_id);
-            maps.facts().set_untracked(false);
+            // A worker that dies before the peer has spoken leaves a map that nobody believes.
+            maps.facts().set_untracked(baseline == Baseline::Unproven);
             RegionLog::start(Box::new(medium), header.log_id, layout.clone(), &regions, sink).map_err(refused)?
         }
         (begun, medium) => {
@@ -465,7 +481,8 @@ fn open_tracking(
             RegionLog::start_untracked(layout.clone(), UntrackedReason::Log(why), sink)
         }
     };
-    Ok(Opened { maps, regions, baseline, fresh })
+    let facts = (source && !first).then_some(facts);
+    Ok(Opened { maps, regions, baseline, fresh, facts, starts })
 }
 
 /// A complete new region log in place of one that failed. Every region is in it; what is clean is forgotten later.

@@ -50,6 +50,8 @@ pub struct Shared {
     pub give_up: AtomicBool,
     /// The worker runs without tracking (after repeated crashes).
     pub pass_through: bool,
+    /// After the loss of a node: the peer has not yet said whether the region log can be believed. Counts as untracked.
+    pub unproven: AtomicBool,
     /// Microseconds that each guest write is slowed down by, so that a move with a deadline converges.
     pub slow_down_micros: AtomicU64,
     /// Guest bytes written since the start of the worker.
@@ -65,6 +67,7 @@ pub struct Shared {
 impl Shared {
     /// The pair counts as untracked: marks may be missing.
     pub fn untracked(&self) -> bool {
+        // The flag of the map stands while it is unproven, too.
         self.pass_through || self.tracker.maps().facts().untracked()
     }
 

@@ -7,9 +7,11 @@ use watari_core::{
     handover::{self, PeerRole},
     record::Role,
 };
+use watari_store::trust::{self, FullCompareReason, Heard, StartState};
 use watari_wire::replication::{ControlMessage, Heartbeat, Hello, ReadReply, Refused};
 
 use super::*;
+use crate::engine::start::blocks_of;
 
 /// Protocol versions that this binary speaks.
 pub const PROTOCOL_MIN: u32 = 1;
@@ -42,6 +44,7 @@ impl Brain {
             staged,
             virgin: self.target.as_ref().is_some_and(|t| t.is_virgin()),
             identity: convert::bytes(&record.identity),
+            heard: None,
         }
     }
 
@@ -146,8 +149,44 @@ impl Brain {
             return;
         }
         self.conditions.clear("PeerFenced");
+        self.judge_start(hello);
         if let Some(source) = &mut self.source {
             source.link_up(unix_millis(), hello, control, data, same);
+        }
+    }
+
+    /// First contact after a start as source: what the peer heard of us before decides what the marks are worth.
+    fn judge_start(&mut self, hello: &Hello) {
+        let Some(facts) = self.parts.start_facts.take() else { return };
+        let heard = hello.heard.map(|w| Heard {
+            starts: w.starts,
+            log_id: w.log_id,
+            heartbeat: w.heartbeat,
+            untracked: w.untracked,
+        });
+        let shared = self.parts.shared.clone();
+        let unproven = shared.unproven.swap(false, SeqCst);
+        let Some(source) = &mut self.source else { return };
+        match trust::decide(StartFacts { heard, ..facts }) {
+            StartState::UncleanWithLog(set) if unproven => {
+                tracing::info!(
+                    regions = set.iter().count(),
+                    "the peer proves the region log: only its regions are compared"
+                );
+                for (disk, first, blocks) in blocks_of(shared.regions.layout(), &set) {
+                    source.must_compare(disk, first, blocks);
+                }
+            }
+            StartState::FullCompare(reason) if unproven || matches!(reason, FullCompareReason::FolderBehind { .. }) => {
+                source.compare_everything(&reason.to_string());
+            }
+            StartState::Clean(_)
+            | StartState::UncleanWithMap
+            | StartState::UncleanWithLog(_)
+            | StartState::FullCompare(_) => {}
+        }
+        if unproven && shared.regions.report().untracked.is_none() {
+            shared.tracker.maps().facts().set_untracked(false);
         }
     }
 
@@ -187,6 +226,8 @@ impl Brain {
         let mut reply = self.our_hello(staged);
         // A listener says whose staging it holds, and whether the images can still be believed empty.
         reply.session = hello.session;
+        reply.heard = self.heard.as_ref().filter(|(site, _)| *site == hello.site).map(|(_, witness)| *witness);
+        self.dialler_site = hello.site.clone();
         self.frames.clear();
         if let Some(link) = &self.link {
             let _ = link.control.send(message(Body::Hello(reply)));
@@ -237,6 +278,9 @@ impl Brain {
                 link.rtt_millis = if link.rtt_millis == 0.0 { rtt } else { link.rtt_millis * 0.8 + rtt * 0.2 };
             }
             Body::Heartbeat(beat) => {
+                if let Some(witness) = beat.witness {
+                    self.heard = Some((self.dialler_site.clone(), witness));
+                }
                 let _ = link.control.send(message(Body::Heartbeat(Heartbeat { reply: true, ..beat })));
             }
             Body::Refused(refused) => {
@@ -344,7 +388,12 @@ impl Brain {
             target.set_room(self.parts.replica.room());
         }
         let Some(link) = &self.link else { return };
-        let beat = Heartbeat { id: 0, reply: false, unix_millis: unix_millis() };
+        let witness = self.source.is_some().then(|| {
+            let log = self.parts.shared.regions.report();
+            let untracked = self.parts.shared.untracked();
+            wire::Witness { starts: self.parts.starts, log_id: log.log_id, heartbeat: log.heartbeat, untracked }
+        });
+        let beat = Heartbeat { id: 0, reply: false, unix_millis: unix_millis(), witness };
         let _ = link.control.send(message(Body::Heartbeat(beat)));
         if let Some(target) = &self.target {
             let _ = link.control.send(message(target.state()));

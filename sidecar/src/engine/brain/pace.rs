@@ -149,7 +149,8 @@ impl Brain {
 
     /// A metadata folder that works again: a complete new log, and a comparison of everything.
     pub(super) fn leave_untracked(&mut self, now: Instant) {
-        if !self.parts.shared.untracked() || self.parts.shared.pass_through || now < self.next_leave {
+        let shared = &self.parts.shared;
+        if !shared.untracked() || shared.unproven.load(SeqCst) || shared.pass_through || now < self.next_leave {
             return;
         }
         self.next_leave = now + LEAVE_UNTRACKED_PAUSE;

@@ -49,6 +49,8 @@ impl Brain {
     fn trust(&self) -> &'static str {
         if self.parts.shared.pass_through {
             "PassThrough"
+        } else if self.parts.shared.unproven.load(SeqCst) {
+            "Comparing"
         } else if self.parts.shared.untracked() {
             "Untracked"
         } else if self.source.as_ref().is_some_and(|s| s.full_compare.is_some()) {
@@ -127,7 +129,7 @@ impl Brain {
 
     fn behind_because(&self) -> String {
         let Some(source) = &self.source else { return String::new() };
-        if self.parts.shared.untracked() {
+        if self.parts.shared.untracked() && !self.parts.shared.unproven.load(SeqCst) {
             return "changes are not tracked".into();
         }
         if self.limits.paused {
@@ -212,7 +214,8 @@ impl Brain {
         );
         let compare = self.source.as_ref().and_then(|s| s.full_compare.clone());
         self.conditions.follow("FullCompare", compare.map(|c| ("Comparing", c.0, "nothing: it ends by itself")));
-        let untracked = self.parts.shared.untracked() && self.source.is_some();
+        let unproven = self.parts.shared.unproven.load(SeqCst);
+        let untracked = self.parts.shared.untracked() && !unproven && self.source.is_some();
         let (reason, text) = if self.parts.shared.pass_through {
             ("PassThrough", "this worker crashed too often and serves the VM without tracking")
         } else {
