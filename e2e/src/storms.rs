@@ -66,6 +66,7 @@ pub struct Tally {
     pub comparisons: u32,
     pub moves: u32,
     pub cuts_of_the_link: u32,
+    pub called_off: u32,
     pub blocks_right: u64,
     /// The longest move, seconds.
     pub longest_move_seconds: f64,

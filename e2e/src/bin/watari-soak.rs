@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Parser;
 use watari_e2e::storms::{self, Flood, Pace, Pressure, Tally, matrix};
 
@@ -40,26 +40,34 @@ struct Options {
     seed: u64,
 }
 
-/// The lines of the table at the end.
+/// The lines of the table at the end. A storm that fails does not keep the others from running.
 #[derive(Default)]
-struct Table(Vec<String>);
+struct Table {
+    lines: Vec<String>,
+    failed: usize,
+}
 
 impl Table {
-    fn run(&mut self, what: String, storm: impl FnOnce() -> anyhow::Result<String>) -> anyhow::Result<()> {
+    fn run(&mut self, what: String, storm: impl FnOnce() -> anyhow::Result<String>) {
         println!("▸ {what}");
         let began = Instant::now();
-        let result = storm().with_context(|| what.clone())?;
+        let result = storm().unwrap_or_else(|error| {
+            self.failed += 1;
+            println!("{error:?}");
+            let causes: Vec<String> =
+                error.chain().map(|c| c.to_string().lines().next().unwrap_or_default().into()).collect();
+            format!("FAILED: {}", causes.join(": "))
+        });
         let seconds = began.elapsed().as_secs();
         println!("  {result} ({seconds} s)");
-        self.0.push(format!("| {what} | {result} | {seconds} s |"));
-        Ok(())
+        self.lines.push(format!("| {what} | {result} | {seconds} s |"));
     }
 }
 
 fn moved(tally: &Tally) -> String {
-    let Tally { moves, cuts_of_the_link, blocks_right, longest_move_seconds, .. } = tally;
+    let Tally { moves, cuts_of_the_link, called_off, blocks_right, longest_move_seconds, .. } = tally;
     format!(
-        "{moves} moves, {cuts_of_the_link} cut links, the longest move {longest_move_seconds:.1} s, {blocks_right} blocks right, none wrong"
+        "{moves} moves, {cuts_of_the_link} cut links, {called_off} called off before, the longest move {longest_move_seconds:.1} s, {blocks_right} blocks right, none wrong"
     )
 }
 
@@ -76,18 +84,18 @@ fn main() -> anyhow::Result<()> {
                 "{source_workers} source workers, {source_supervisors} source supervisors, {replicas} at the replica; {comparisons} \
                  comparisons byte for byte; {blocks_right} blocks right, none wrong"
             ))
-        })?;
+        });
     }
     if moves > 0 {
-        table.run(format!("{moves} moves, QEMU"), || Ok(moved(&storms::moves(moves, seed, rate)?)))?;
+        table.run(format!("{moves} moves, QEMU"), || Ok(moved(&storms::moves(moves, seed, rate)?)));
     }
     if libvirt_moves > 0 {
         let storm = || Ok(moved(&storms::libvirt_moves(libvirt_moves, seed, Pace::Modest)?));
-        table.run(format!("{libvirt_moves} moves, libvirt"), storm)?;
+        table.run(format!("{libvirt_moves} moves, libvirt"), storm);
     }
     if fast_moves > 0 {
         let storm = || Ok(moved(&storms::libvirt_moves(fast_moves, seed, Pace::FasterThanTheLink)?));
-        table.run(format!("{fast_moves} moves, libvirt, guest faster than the link"), storm)?;
+        table.run(format!("{fast_moves} moves, libvirt, guest faster than the link"), storm);
     }
     if handovers > 0 {
         table.run(format!("{handovers} handovers broken around the seal"), || {
@@ -95,7 +103,7 @@ fn main() -> anyhow::Result<()> {
             Ok(format!(
                 "{moves} ended at the target: {source_workers} source and {replicas} target workers killed, {cuts_of_the_link} cut links"
             ))
-        })?;
+        });
     }
     if !cells.is_empty() {
         table.run(format!("{} cells of step × fault", cells.len()), || {
@@ -104,7 +112,7 @@ fn main() -> anyhow::Result<()> {
             let mut outcomes = std::collections::BTreeMap::new();
             done.iter().for_each(|cell| *outcomes.entry(format!("{:?}", cell.outcome)).or_insert(0) += 1);
             Ok(format!("{hit} hit their step; {outcomes:?}"))
-        })?;
+        });
     }
     if flood > 0 {
         table.run(format!("{flood} minutes of writes faster than the link"), || {
@@ -119,9 +127,10 @@ fn main() -> anyhow::Result<()> {
                  {converge_seconds:.0} s; {churn}",
                 flooded.p50, flooded.p99, idle.p50, idle.p99
             ))
-        })?;
+        });
     }
-    println!("\n| storm | result | time |\n| --- | --- | --- |\n{}", table.0.join("\n"));
+    println!("\n| storm | result | time |\n| --- | --- | --- |\n{}", table.lines.join("\n"));
+    ensure!(table.failed == 0, "{} of {} storms failed", table.failed, table.lines.len());
     Ok(())
 }
 

@@ -79,27 +79,8 @@ impl<'a> SyncedVm<'a> {
         let (from, to) = (self.at, 1 - self.at);
         let began = Instant::now();
         let bytes = self.pair.bed.wan.bytes_delivered();
-        // The target's virt-launcher Pod takes the claims over from the replica Pod; its gate is shut until we are in sync.
-        self.pair.release(to)?;
-        self.pair.start(to, "primary")?;
-        let hooks = self.pods[to].hooks()?;
-        match self.pods[to].prepare_target(&hooks, &self.vm) {
-            Err(Error::Refused { refusal, .. }) => {
-                ensure!(refusal.text.contains("Watari waits"), "words for users: {refusal}");
-            }
-            other => bail!("without a handover the target must not be let in: {other:?}"),
-        }
-        if slow_down {
-            self.pair.ctl(from, &["set", "--slow-down", "true"])?;
-        }
-        self.pair.wait(from, "the link", STEP, |r| r.link.connected)?;
-        self.pair.ctl(from, &["open-handover", "--vmi-uid", tag])?;
-        if let Trouble::WhileConverging(time) = trouble {
-            self.cut(time)?;
-        }
-        self.pair.wait(from, "the source to converge", STEP * 2, |r| {
-            r.link.connected && r.role == "Converging" && r.generations.lag_bytes < CONVERGED_BYTES
-        })?;
+        let hooks = self.target_pod(to)?;
+        self.converge(tag, slow_down, trouble)?;
         self.pods[to].wait_at_gate(&hooks, &self.vm, GATE)?;
         let (migration, attached_early) = self.migrate(from, to, trouble)?;
         self.guest.move_to(self.pods[to].vm(&self.vm).control_socket());
@@ -113,8 +94,62 @@ impl<'a> SyncedVm<'a> {
         let disk_bytes = (self.pair.bed.wan.bytes_delivered() - bytes).saturating_sub(carried);
         let left = std::mem::replace(&mut self.hooks, hooks);
         self.at = to;
-        self.old_pod_ends(from, &left)?;
+        self.pod_ends(from, &left)?;
         Ok(Crossing { seconds, migration, disk_bytes, attached_early })
+    }
+
+    /// A move that is called off while memory is on its way (virt-controller deletes the VMIM): the VM runs on where it is, its
+    /// handover is void, and the target's Pod gives way to a replica Pod again.
+    pub fn call_off(&mut self, tag: &str) -> anyhow::Result<()> {
+        let (from, to) = (self.at, 1 - self.at);
+        let hooks = self.target_pod(to)?;
+        self.converge(tag, false, Trouble::None)?;
+        self.pods[to].wait_at_gate(&hooks, &self.vm, GATE)?;
+        let mut migration = self.pods[from].begin_migration(self.pods[to], &self.vm, &MigrationOptions::default())?;
+        while migration.running() && migration.bytes().memory < MIGRATING_BYTES {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        migration.abort()?;
+        let failed = migration.finish().err().context("it was called off in its middle")?;
+        let state = self.pods[from].vm(&self.vm).state()?;
+        ensure!(state.starts_with("running"), "after {failed} the VM is {state}");
+        ensure!(self.pods[to].vm(&self.vm).state().is_err(), "no QEMU is left at the target");
+        // Failed with its QEMU gone: the operator voids.
+        self.pair.ctl(to, &["void"])?;
+        self.pair.wait(from, "the source to serve on", STEP, |r| r.role == "Serving" && r.link.connected)?;
+        self.pair.wait(to, "the target to be a replica", STEP, |r| r.role == "Replica" && !r.attachable)?;
+        self.pod_ends(to, &hooks)
+    }
+
+    /// The target's virt-launcher Pod takes the claims over from the replica Pod; its gate is shut until we are in sync.
+    fn target_pod(&mut self, to: usize) -> anyhow::Result<Hooks> {
+        self.pair.release(to)?;
+        self.pair.start(to, "primary")?;
+        let hooks = self.pods[to].hooks()?;
+        match self.pods[to].prepare_target(&hooks, &self.vm) {
+            Err(Error::Refused { refusal, .. }) => {
+                ensure!(refusal.text.contains("Watari waits"), "words for users: {refusal}");
+            }
+            other => bail!("without a handover the target must not be let in: {other:?}"),
+        }
+        Ok(hooks)
+    }
+
+    /// The handover is open, and little is left to send.
+    fn converge(&mut self, tag: &str, slow_down: bool, trouble: Trouble) -> anyhow::Result<()> {
+        let from = self.at;
+        if slow_down {
+            self.pair.ctl(from, &["set", "--slow-down", "true"])?;
+        }
+        self.pair.wait(from, "the link", STEP, |r| r.link.connected)?;
+        self.pair.ctl(from, &["open-handover", "--vmi-uid", tag])?;
+        if let Trouble::WhileConverging(time) = trouble {
+            self.cut(time)?;
+        }
+        self.pair.wait(from, "the source to converge", STEP * 2, |r| {
+            r.link.connected && r.role == "Converging" && r.generations.lag_bytes < CONVERGED_BYTES
+        })?;
+        Ok(())
     }
 
     fn migrate(&self, from: usize, to: usize, trouble: Trouble) -> anyhow::Result<(MigrationReport, bool)> {
@@ -143,7 +178,7 @@ impl<'a> SyncedVm<'a> {
     }
 
     /// QEMU is gone: virt-launcher says goodbye, the Pod ends, the operator puts a replica Pod on its claims.
-    fn old_pod_ends(&mut self, end: usize, hooks: &Hooks) -> anyhow::Result<()> {
+    fn pod_ends(&mut self, end: usize, hooks: &Hooks) -> anyhow::Result<()> {
         hooks.shutdown().map_err(|refusal| anyhow::anyhow!("{refusal}"))?;
         let mut process = self.pair.ends[end].sidecar.take().context("a sidecar runs at each end")?;
         process.signal(libc::SIGTERM);

@@ -85,7 +85,8 @@ const STILL_FROM: u64 = 40 << 20;
 const DELTA_BYTES_MAX: u64 = DISK_BYTES - STILL_FROM;
 
 /// `moves` moves in a row, there and back, between two libvirtd that are driven as virt-launcher and virt-handler drive theirs;
-/// of three moves one has its link cut while it converges, one while its memory is on the way. Each way is a delta.
+/// of three moves one has its link cut while it converges, one while its memory is on the way; before each fifth another is called
+/// off in its middle. Each way is a delta.
 pub fn libvirt_moves(moves: u32, seed: u64, pace: Pace) -> anyhow::Result<Tally> {
     let (link, rate) = pace.rates();
     let bed = TestBed::new("libvirt-moves", Shape::wan(link * 4, Duration::from_millis(40)))?;
@@ -117,6 +118,10 @@ pub fn libvirt_moves(moves: u32, seed: u64, pace: Pace) -> anyhow::Result<Tally>
         };
         tally.cuts_of_the_link += u32::from(trouble != Trouble::None);
         let context = || format!("move {n} ({trouble:?}), seed {seed}, {pace:?}");
+        if n % 5 == 1 {
+            vm.call_off(&format!("m{n} called off")).with_context(context)?;
+            tally.called_off += 1;
+        }
         let before = written(&vm.guest.stats()?);
         let crossing = vm.cross(&format!("m{n}"), pace == Pace::FasterThanTheLink, trouble).with_context(context)?;
         println!("move {n}: {crossing:?}");
