@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help tools setup build static test unit fmt lint deny demo soak bench clusters clusters-down
+.PHONY: help tools setup build static test unit fmt lint deny demo soak bench clusters clusters-down e2e
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 ARGS ?=
@@ -71,3 +71,7 @@ clusters: tools ## bring two Kubernetes clusters up, with an emulated WAN betwee
 
 clusters-down: tools ## take the clusters off this machine
 	cargo run -q -p watari-clusters -- down
+
+e2e: tools ## run the tests that need clusters, on ours (which stay up) or on two others (e2e/clusters/README.md)
+	@[ -n "$${WATARI_E2E_KUBECONFIG_A:-}" ] || $(MAKE) clusters
+	cargo test -p watari-clusters --features on-clusters --test clusters -- --test-threads 1
