@@ -220,3 +220,22 @@ fn a_vm_that_was_promoted_past_is_not_served_by_the_next_worker_either() -> anyh
     }
     Ok(())
 }
+
+#[test]
+fn a_promotion_within_reach_of_the_source_seals_it_first_and_loses_nothing() -> anyhow::Result<()> {
+    let bed = TestBed::new("takeover", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
+    let mut pair = pair(&bed)?;
+    pair.release(1)?;
+    pair.start(1, "primary")?;
+    pair.wait(0, "the link", WAIT, |r| r.link.connected)?;
+    pair.ctl(0, &["set", "--paused", "true"])?;
+    // Acknowledged, and nowhere but at the source.
+    qemu_io(&socket(&pair, 0, "root"), "root", &["write -P 8 1M 4M", "flush"])?;
+    let said = pair.ctl(1, &["promote"])?;
+    ensure!(said.contains("sealed first"), "{said}");
+    let report = pair.wait(1, "the target to serve", WAIT, |r| r.role == "Serving")?;
+    ensure!(report.epoch == 2 && !report.conditions.iter().any(|c| c.kind == "Unfenced"), "{report:?}");
+    pair.wait(0, "the source to be a replica", WAIT, |r| r.role == "Replica")?;
+    qemu_io(&socket(&pair, 1, "root"), "root", &["read -P 8 1M 4M"])?;
+    Ok(())
+}

@@ -10,6 +10,7 @@
 //!     │                                          ▼         │                          ▼
 //!     └──────────────────────────────────── (peer)      Released ──adopted──▶ Replica   Serving {e+1}
 //!  any active side that meets a higher epoch it did not grant: Fenced ──person accepts──▶ Released ──▶ Replica
+//!  Replica ──take over──▶ (peer seals) ──Grant + applied──▶ Serving {e+1}; else:
 //!  Replica/Voided ──promote──▶ Promoting ──rolled──▶ Serving {max(floor, e)+2}, `unfenced`
 //! ```
 //!
@@ -134,6 +135,7 @@ impl Site {
             Event::GuestLeft => self.guest_left(),
             Event::WantWrite { nonce } => self.want_write(nonce),
             Event::WantVoid { activation: _ } => self.want_void(),
+            Event::TakeOver { handover, nonce } => self.take_over(handover, nonce),
             Event::Promote { generation } => self.promote(generation),
             Event::Rolled { activation } => self.rolled(activation),
             Event::Reclaim { activation } => self.reclaim(activation),
@@ -221,6 +223,22 @@ impl Site {
             }
             _ => vec![Action::Refuse("no handover is open at the source")],
         }
+    }
+
+    /// Target: a promotion that tries to lose nothing. An attached QEMU belongs to a migration that is over now.
+    fn take_over(&mut self, handover: Id, nonce: Id) -> Vec<Action> {
+        if !self.linked || self.record.role != Role::Replica {
+            return vec![Action::Refuse("only a replica whose source is within reach can take over from it")];
+        }
+        let handover = self.offered.map_or(handover, |(h, _)| h);
+        self.offered = Some((handover, self.record.epoch));
+        let nonce = *self.asked.get_or_insert(nonce);
+        self.attached = false;
+        vec![
+            Action::Gate(Gate::Dead),
+            Action::Send(Message::TakeOver { handover, nonce, session: self.session, epoch: self.record.epoch }),
+            Action::Report(Condition::WaitingForGrant),
+        ]
     }
 
     fn want_void(&mut self) -> Vec<Action> {
@@ -469,6 +487,14 @@ impl Site {
             },
             Message::QemuLeft { .. } | Message::Released { .. } => Vec::new(),
             Message::Acquire { handover, nonce, session } => self.acquire(handover, nonce, session),
+            Message::TakeOver { handover, nonce, session, epoch } => match self.record.role {
+                _ if epoch != self.record.epoch => Vec::new(),
+                // A person's word at the other side stands above a migration that is being prepared here.
+                Role::Serving | Role::HandoverOpen { .. } if !self.record.untracked => {
+                    self.seal_for(handover, nonce, session)
+                }
+                _ => self.acquire(handover, nonce, session),
+            },
             Message::Grant { handover, nonce, session, epoch, generation } => {
                 let mine =
                     self.offered == Some((handover, epoch)) && self.asked == Some(nonce) && session == self.session;
@@ -493,12 +519,7 @@ impl Site {
     fn acquire(&mut self, handover: Id, nonce: Id, session: u64) -> Vec<Action> {
         match self.record.role {
             Role::HandoverOpen { handover: h } if h == handover && !self.record.untracked => {
-                let epoch = self.record.epoch;
-                vec![
-                    self.become_role(Role::Sealed { handover, nonce, session }, epoch),
-                    Action::Gate(Gate::Hold),
-                    Action::SealAndSend,
-                ]
+                self.seal_for(handover, nonce, session)
             }
             Role::Sealed { handover: h, nonce: n, session: s } if h == handover => {
                 let mut actions = Vec::new();
@@ -514,6 +535,15 @@ impl Site {
             }
             _ => Vec::new(),
         }
+    }
+
+    fn seal_for(&mut self, handover: Id, nonce: Id, session: u64) -> Vec<Action> {
+        let epoch = self.record.epoch;
+        vec![
+            self.become_role(Role::Sealed { handover, nonce, session }, epoch),
+            Action::Gate(Gate::Hold),
+            Action::SealAndSend,
+        ]
     }
 
     fn activated_by(&mut self, handover: Id, epoch: Epoch, generation: Generation) -> Vec<Action> {

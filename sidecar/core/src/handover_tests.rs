@@ -353,6 +353,38 @@ fn an_attached_target_changes_the_pace_of_the_handover_it_is_attached_for() {
 }
 
 #[test]
+fn a_promotion_within_reach_of_the_source_seals_it_and_takes_everything() {
+    let mut target = site(Role::Replica, 1);
+    assert!(refuses(&target.apply(Event::TakeOver { handover: H, nonce: NONCE })), "nobody is there to ask");
+    met(&mut target, peer(PeerRole::Active { handover: None }, 1));
+    let actions = target.apply(Event::TakeOver { handover: H, nonce: NONCE });
+    let ask = Message::TakeOver { handover: H, nonce: NONCE, session: SESSION, epoch: epoch(1) };
+    assert_eq!((&actions[0], sends(&actions)), (&Action::Gate(Gate::Dead), vec![ask.clone()]));
+    for role in [Role::Serving, Role::HandoverOpen { handover: [77; 16] }] {
+        let mut source = site(role, 1);
+        let actions = received(&mut source, ask.clone());
+        holds_together(&source, &actions);
+        assert_eq!(source.record().role, sealed());
+        assert_eq!(actions[1..], [Action::Gate(Gate::Hold), Action::SealAndSend]);
+    }
+    assert_eq!(received(&mut target, grant(NONCE, SESSION, 1)), vec![Action::ApplyUpTo(G)]);
+    let actions = target.apply(Event::Applied { generation: G, activation: act(3) });
+    assert_eq!(target.record().epoch.counter, 2);
+    assert!(!target.record().unfenced && actions.contains(&Action::Gate(Gate::Serve)));
+}
+
+#[test]
+fn a_sealed_or_untracked_source_is_not_taken_over_by_another_handover() {
+    let ask = Message::TakeOver { handover: [77; 16], nonce: NONCE, session: SESSION, epoch: epoch(1) };
+    assert!(received(&mut site(sealed(), 1), ask.clone()).is_empty());
+    // Risen meanwhile: the target's own promotion would look like an activation on this grant (watari-sim seed 1001642).
+    assert!(received(&mut site(Role::Serving, 2), ask.clone()).is_empty());
+    let mut untracked = site(Role::Serving, 1);
+    let _ = untracked.amend(|r| r.untracked = true);
+    assert!(received(&mut untracked, ask).is_empty());
+}
+
+#[test]
 fn released_comes_after_a_sync_of_all_disks() {
     let mut s = site(sealed(), 1);
     s.apply(Event::RemainderSent { generation: G });
@@ -691,6 +723,7 @@ fn whatever_happens_the_record_is_durable_before_the_promise_and_the_floor_never
         Message::Attached { handover: H },
         Message::QemuLeft { handover: H },
         Message::Acquire { handover: H, nonce: NONCE, session: 3 },
+        Message::TakeOver { handover: H, nonce: NONCE, session: 3, epoch: epoch(1) },
         grant(NONCE, SESSION, 1),
         Message::Activated { handover: H, epoch: epoch(2), generation: G },
         Message::Released { handover: H },
@@ -704,6 +737,7 @@ fn whatever_happens_the_record_is_durable_before_the_promise_and_the_floor_never
         Event::GuestLeft,
         Event::WantWrite { nonce: NONCE },
         Event::WantVoid { activation: act(4) },
+        Event::TakeOver { handover: H, nonce: NONCE },
         Event::Promote { generation: G },
         Event::Rolled { activation: act(6) },
         Event::AcceptDivergence,

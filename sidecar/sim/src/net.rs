@@ -70,6 +70,7 @@ impl Body {
                 Message::Attached { .. } => "Attached",
                 Message::QemuLeft { .. } => "QemuLeft",
                 Message::Acquire { .. } => "Acquire",
+                Message::TakeOver { .. } => "TakeOver",
                 Message::Grant { .. } => "Grant",
                 Message::Activated { .. } => "Activated",
                 Message::Released { .. } => "Released",

@@ -243,6 +243,10 @@ impl World {
         if kept.is_empty() {
             return false;
         }
+        let linked = self.nodes[s].process.as_ref().is_some_and(|p| p.link.is_some());
+        if linked && matches!(self.role(s), Some(Role::Replica)) && self.ctx.rng.one_in(2) {
+            return self.takes_over(s);
+        }
         let older = self.ctx.rng.one_in(2);
         let which = if older { self.ctx.rng.below(kept.len() as u64) as usize } else { 0 };
         self.ctx.cov.hit(if which > 0 {
@@ -254,17 +258,29 @@ impl World {
             self.ctx.cov.hit("promoted while a QEMU is attached");
         }
         self.note(|| format!("site {s} is promoted to {}", kept[which].generation));
+        self.migration_is_over(s);
+        self.event(s, Event::Promote { generation: kept[which].generation })
+    }
+
+    /// A promotion that asks the source to seal first, because it is within reach.
+    fn takes_over(&mut self, s: usize) -> bool {
+        self.note(|| format!("site {s} takes over"));
+        self.migration_is_over(s);
+        let (handover, nonce) = (self.ctx.id(), self.ctx.id());
+        self.event(s, Event::TakeOver { handover, nonce })
+    }
+
+    /// A QEMU attached at `s` must never be served again; what runs elsewhere goes on running there, if it executes there.
+    fn migration_is_over(&mut self, s: usize) {
         if let Some(q) = &mut self.qemus[s] {
             q.condemned = true;
         }
-        // What runs elsewhere goes on running there, if it executes there.
         if let Some(m) = self.moving.take()
             && let Some(q) = &mut self.qemus[m.from]
             && matches!(m.phase, Phase::Opened | Phase::TargetUp | Phase::Stopping | Phase::Stopped | Phase::Failed)
         {
             (q.running, q.draining) = (true, false);
         }
-        self.event(s, Event::Promote { generation: kept[which].generation })
     }
 
     /// A person lets a fenced side's writes be overwritten. No VM runs from it then.

@@ -439,6 +439,7 @@ impl Process {
                     Message::Open { .. }
                     | Message::Attached { .. }
                     | Message::Acquire { .. }
+                    | Message::TakeOver { .. }
                     | Message::Grant { .. }
                     | Message::Released { .. } => {}
                 }
@@ -568,6 +569,7 @@ fn event_name(event: &Event) -> &'static str {
         Event::GuestLeft => "GuestLeft",
         Event::WantWrite { .. } => "WantWrite",
         Event::WantVoid { .. } => "WantVoid",
+        Event::TakeOver { .. } => "TakeOver",
         Event::Promote { .. } => "Promote",
         Event::Reclaim { .. } => "Reclaim",
         Event::Rolled { .. } => "Rolled",
@@ -582,6 +584,7 @@ fn event_name(event: &Event) -> &'static str {
             Message::Attached { .. } => "Attached",
             Message::QemuLeft { .. } => "QemuLeft",
             Message::Acquire { .. } => "Acquire",
+            Message::TakeOver { .. } => "TakeOver",
             Message::Grant { .. } => "Grant",
             Message::Activated { .. } => "Activated",
             Message::Released { .. } => "Released",

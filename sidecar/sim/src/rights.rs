@@ -104,6 +104,7 @@ pub enum Move {
     Attach(usize),
     WantWrite(usize),
     Void(usize),
+    TakeOver(usize),
     Promote(usize, usize),
     Reclaim(usize),
     Accept(usize),
@@ -281,6 +282,7 @@ impl State {
                 }
                 out.push(Move::Void(s));
                 if left(PROMOTIONS, bounds.promotions) {
+                    out.push(Move::TakeOver(s));
                     out.extend((0..self.sides[s].kept.len()).map(|which| Move::Promote(s, which)));
                 }
             }
@@ -358,6 +360,11 @@ impl State {
             Move::Void(s) => {
                 let activation = ActivationId(self.id(s));
                 self.apply(s, Event::WantVoid { activation });
+            }
+            Move::TakeOver(s) => {
+                self.used[PROMOTIONS] += 1;
+                let (handover, nonce) = ([0x40 | self.used[PROMOTIONS]; 16], self.id(s));
+                self.apply(s, Event::TakeOver { handover, nonce });
             }
             Move::Promote(s, which) => {
                 self.used[PROMOTIONS] += 1;

@@ -102,6 +102,12 @@ struct PeerDivergence {
     anything: bool,
 }
 
+/// Somebody waits for a promotion.
+struct TakingOver {
+    answer: Answer,
+    until: Instant,
+}
+
 /// Somebody waits for a commit.
 struct CutWaiter {
     answer: Answer,
@@ -169,6 +175,10 @@ pub struct Brain {
     conditions: Conditions,
     /// Fenced: what this side wrote alone.
     divergence: Option<Divergence>,
+    /// A promotion that asked the source to seal first.
+    taking_over: Option<TakingOver>,
+    /// When the peer was heard last.
+    last_heard: Instant,
     /// As a listener: the active side's folder and what it said of itself last.
     heard: Option<(Bytes, wire::Witness)>,
     /// As a listener: the folder of the side that dialled.
@@ -217,6 +227,8 @@ impl Brain {
             cuts: Vec::new(),
             conditions: Conditions::default(),
             divergence: None,
+            taking_over: None,
+            last_heard: Instant::now(),
             heard: None,
             dialler_site: Bytes::new(),
             peer_divergence: PeerDivergence::default(),
@@ -301,10 +313,16 @@ impl Brain {
             Event::LinkOpened { link, peer, hello, control, data } => {
                 self.link_opened(link, peer, &hello, control, data)
             }
-            Event::LinkMessage(link, m) => self.link_message(link, *m),
+            Event::LinkMessage(link, m) => {
+                self.last_heard = Instant::now();
+                self.link_message(link, *m);
+            }
             Event::LinkClosed(link, reason) => self.link_closed(link, &reason),
             Event::DialFailed(reason) => self.last_link_error = reason,
-            Event::Frame { header, payload, permit } => self.frames.push_back((header, payload, permit)),
+            Event::Frame { header, payload, permit } => {
+                self.last_heard = Instant::now();
+                self.frames.push_back((header, payload, permit));
+            }
             Event::Built { read, frames } => {
                 if let Some(source) = &mut self.source {
                     source.built(unix_millis(), read, frames);
@@ -699,6 +717,7 @@ impl Brain {
             disk.expire(now);
         }
         self.confirm_late(now);
+        self.take_over_or_promote(now);
         if now >= self.next_beat {
             self.next_beat = now + Duration::from_secs(1);
             self.beat();

@@ -83,6 +83,12 @@ pub fn handover(m: &Message) -> wire::Handover {
             out.session = *session;
             (Kind::Acquire, handover)
         }
+        Message::TakeOver { handover, nonce, session, epoch } => {
+            out.nonce = bytes(nonce);
+            out.session = *session;
+            out.epoch = Some(wire_epoch(*epoch));
+            (Kind::TakeOver, handover)
+        }
         Message::Grant { handover, nonce, session, epoch, generation } => {
             out.nonce = bytes(nonce);
             out.session = *session;
@@ -121,6 +127,7 @@ pub fn from_handover(m: &wire::Handover) -> Option<Message> {
         Kind::Attached => Message::Attached { handover },
         Kind::QemuLeft => Message::QemuLeft { handover },
         Kind::Acquire => Message::Acquire { handover, nonce, session },
+        Kind::TakeOver => Message::TakeOver { handover, nonce, session, epoch },
         Kind::Grant => Message::Grant { handover, nonce, session, epoch, generation },
         Kind::Activated => Message::Activated { handover, epoch, generation },
         Kind::Released => Message::Released { handover },

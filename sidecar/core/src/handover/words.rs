@@ -18,6 +18,9 @@ pub enum Message {
     QemuLeft { handover: Id },
     /// Target: asks for the right to write. Only a grant with this nonce and session counts.
     Acquire { handover: Id, nonce: Id, session: u64 },
+    /// Target: a person promotes it while the source can be reached: seal, whatever you serve, and give everything over.
+    /// Counts only at exactly `epoch`: a source that rose meanwhile would take the target's own promotion for an activation.
+    TakeOver { handover: Id, nonce: Id, session: u64, epoch: Epoch },
     /// Source: sealed at `epoch`; everything it ever acknowledged is in `generation`.
     Grant { handover: Id, nonce: Id, session: u64, epoch: Epoch, generation: Generation },
     /// Target: it is the active side now, at `epoch`, beginning from `generation`.
@@ -49,6 +52,13 @@ pub enum Event {
     /// The operator says that the migration failed and no QEMU runs here.
     WantVoid {
         activation: ActivationId,
+    },
+    /// A person or the operator promotes this side to the newest state, and the source may be within reach: ask it to
+    /// seal first, so that nothing is lost and nobody else serves (design §3.6). Ends in an activation, or, when no grant
+    /// comes in time, in [`Event::Promote`].
+    TakeOver {
+        handover: Id,
+        nonce: Id,
     },
     /// A person or the operator promotes this side to a kept generation (already chosen).
     Promote {

@@ -10,6 +10,11 @@ use crate::{
     throttle::Limit,
 };
 
+/// Longest that a promotion waits for the source to seal and send what remains.
+const TAKE_OVER_WAIT: Duration = Duration::from_secs(20);
+/// A source that says nothing for so long is not there (it sends a heartbeat each second).
+const SOURCE_SILENT: Duration = Duration::from_secs(3);
+
 impl Brain {
     pub(super) fn intent(&mut self, intent: Intent, answer: Answer) {
         match intent {
@@ -152,7 +157,39 @@ impl Brain {
         self.answer_with(handover::Event::WantVoid { activation }, answer, text);
     }
 
+    /// The newest state (`None`) is taken from the source itself, if it can be reached; a named generation never is.
     fn promote(&mut self, number: Option<u64>, answer: Answer) {
+        if self.taking_over.is_some() {
+            return Self::decline(answer, "a promotion is under way");
+        }
+        if number.is_none() && self.link.is_some() && self.parts.site.record().role == Role::Replica {
+            let event = handover::Event::TakeOver { handover: random_id(), nonce: random_id() };
+            if self.apply_or_refuse(event).is_ok() {
+                self.last_heard = Instant::now();
+                self.taking_over = Some(TakingOver { answer, until: Instant::now() + TAKE_OVER_WAIT });
+                return;
+            }
+        }
+        self.promote_alone(number, answer, "");
+    }
+
+    /// The source gave everything over, or it did not in time: then this side goes on alone.
+    pub(super) fn take_over_or_promote(&mut self, now: Instant) {
+        let Some(TakingOver { until, .. }) = &self.taking_over else { return };
+        let waits = self.parts.site.record().role == Role::Replica
+            && self.link.is_some()
+            && now < *until
+            && now.duration_since(self.last_heard) < SOURCE_SILENT;
+        let (false, Some(TakingOver { answer, .. })) = (waits, self.taking_over.take_if(|_| !waits)) else { return };
+        if self.parts.site.record().role.accepts_writes() {
+            let text = "promoted: the source was sealed first, everything that it acknowledged is here";
+            let _ = answer.send(Ok(Outcome::Done(text.into())));
+            return;
+        }
+        self.promote_alone(None, answer, "; the source did not give way in time, so what it wrote since is not here");
+    }
+
+    fn promote_alone(&mut self, number: Option<u64>, answer: Answer, why: &str) {
         let Some(target) = &self.target else {
             let role = self.parts.site.record().role.name();
             return Self::decline(answer, format!("only a replica can be promoted; this side is {role}"));
@@ -170,7 +207,7 @@ impl Brain {
         if matches!(self.parts.site.record().role, Role::Promoting { .. }) {
             return Self::decline(answer, "a promotion is under way");
         }
-        let text = format!("promoted at generation {generation}");
+        let text = format!("promoted at generation {generation}{why}");
         self.answer_with(handover::Event::Promote { generation }, answer, &text);
     }
 }
