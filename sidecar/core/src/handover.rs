@@ -489,10 +489,10 @@ impl Site {
             Message::Acquire { handover, nonce, session } => self.acquire(handover, nonce, session),
             Message::TakeOver { handover, nonce, session, epoch } => match self.record.role {
                 _ if epoch != self.record.epoch => Vec::new(),
-                // A person's word at the other side stands above a migration that is being prepared here.
-                Role::Serving | Role::HandoverOpen { .. } if !self.record.untracked => {
-                    self.seal_for(handover, nonce, session)
-                }
+                // A person's word at the other side stands above a migration that is being prepared here. It goes by
+                // that one's name: the target has heard of it, or will before our grant, and may void it.
+                Role::HandoverOpen { handover } if !self.record.untracked => self.seal_for(handover, nonce, session),
+                Role::Serving if !self.record.untracked => self.seal_for(handover, nonce, session),
                 _ => self.acquire(handover, nonce, session),
             },
             Message::Grant { handover, nonce, session, epoch, generation } => {
