@@ -195,6 +195,8 @@ pub struct Brain {
     next_beat: Instant,
     reconnects: u64,
     last_link_error: String,
+    /// Generations given up so far, and how many had been committed at the last of them.
+    given_up_before: u64,
     committed_before: u64,
     /// Guest writes may be slowed down so that a move converges.
     slow_down: bool,
@@ -240,6 +242,7 @@ impl Brain {
             next_beat: Instant::now(),
             reconnects: 0,
             last_link_error: String::new(),
+            given_up_before: 0,
             committed_before: 0,
             slow_down: false,
             lag_before: 0,

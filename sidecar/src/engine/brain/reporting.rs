@@ -247,10 +247,12 @@ impl Brain {
                 )
             }),
         );
-        let churn = self.source.as_ref().filter(|s| s.primary.counters.given_up > 0 && self.link.is_some());
-        let churn = churn.filter(|s| {
-            matches!(s.primary.phase(), Phase::Idle) && s.primary.counters.committed == self.committed_before
-        });
+        // From a generation that was given up until the next one that is committed.
+        let counters = self.source.as_ref().map(|s| &s.primary.counters);
+        if let Some(counters) = counters.filter(|c| c.given_up != self.given_up_before) {
+            (self.given_up_before, self.committed_before) = (counters.given_up, counters.committed);
+        }
+        let churn = counters.filter(|c| c.given_up > 0 && c.committed == self.committed_before && self.link.is_some());
         let bound = self.parts.config.preserve.memory_bytes + self.parts.config.preserve.spill_bytes;
         let dirty = self.parts.shared.tracker.current_blocks() * BLOCK_BYTES;
         self.conditions.follow("ChurnExceedsPreserve", churn.map(|_| {
