@@ -28,6 +28,8 @@ use crate::{
 
 /// What a busy machine may take for what an idle one does in milliseconds.
 const STEP: Duration = Duration::from_secs(90);
+/// Less than the time for which a guest's request is held before its machine is paused.
+const HELD: Duration = Duration::from_secs(15);
 /// A link that is cut silently is noticed after at most 15 s (stream.rs); then conditions speak.
 const NOTICED: Duration = Duration::from_secs(60);
 /// One way to the peer while the answer to a grant is to be caught: longer than a report is old.
@@ -51,7 +53,8 @@ pub(super) fn machine() -> Machine {
     Machine::small(2).with(format!("rate={RATE}")).with("blocks=3072").with("start=1")
 }
 
-/// See the module's header. Between two handovers: a QEMU runs at `at`, both sidecars are `primary`.
+/// See the module's header. Between two handovers: a QEMU runs at `at`, beside a `primary` that is as old as its Pod would be; the
+/// other end is a `replica`.
 pub(super) struct Scene<'a> {
     pub pair: Pair<'a>,
     pub watch: Watch,
@@ -97,9 +100,6 @@ impl<'a> Scene<'a> {
         let mut scene = Scene { pair, watch, at: 0, vm: Some(vm), guest, run: 0, boots: 1 };
         scene.greet()?;
         scene.pair.cut(0)?;
-        scene.pair.release(1)?;
-        scene.pair.start(1, "primary")?;
-        scene.watch.wait("the link", STEP, |a, _| a.link.connected)?;
         Ok(scene)
     }
 
@@ -118,6 +118,17 @@ impl<'a> Scene<'a> {
         self.watch.last(end).map(|r| r.role).unwrap_or_default()
     }
 
+    /// The Pod at one end ends, and another takes its place.
+    fn pod(&mut self, end: usize, role: &str) -> anyhow::Result<()> {
+        let deadline = Instant::now() + STEP;
+        while let Err(error) = self.pair.release(end) {
+            // Declined until it has noticed that its QEMU is gone.
+            ensure!(Instant::now() < deadline, "the sidecar of end {end} does not let go: {error:#}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        self.pair.start(end, role)
+    }
+
     /// From the source to the target.
     fn there(&self) -> Direction {
         if self.at == 0 { Direction::AToB } else { Direction::BToA }
@@ -130,8 +141,10 @@ impl<'a> Scene<'a> {
     /// Goes as far as `step` and no further, where that can be had from outside. Returns whether it was hit.
     pub fn reach(&mut self, step: Step, tag: &str) -> anyhow::Result<(Attempt, bool)> {
         let (from, to) = (self.at, 1 - self.at);
-        let mut attempt =
-            Attempt { tag: tag.to_owned(), target: None, migrating: false, resumed: false, acknowledged: Vec::new() };
+        let acknowledged = self.guest.stats()?.streams.iter().map(|s| s.acknowledged).collect();
+        let mut attempt = Attempt { tag: tag.to_owned(), target: None, migrating: false, resumed: false, acknowledged };
+        self.pod(to, "primary")?;
+        self.wait(from, "the link", |s, t| s.link.connected && t.link.connected)?;
         self.pair.ctl(from, &["open-handover", "--vmi-uid", tag])?;
         self.wait(from, "the open handover", |s, t| s.role == "Converging" && t.attachable)?;
         if step == Step::Opened {
@@ -170,7 +183,14 @@ impl<'a> Scene<'a> {
             match step {
                 // The request for the right to write arrives, and nothing comes back.
                 Step::Sealed => wan.black_hole(there),
-                Step::Activated => wan.change_both(|shape| shape.delay = FAR),
+                // With nothing left to send, what the seal needs goes in one flight, and no answer to it is waited for.
+                Step::Activated => {
+                    let settled =
+                        |r: &Report| r.disks.iter().all(|d| d.dirty_bytes == 0) && r.generations.open.is_empty();
+                    // Where it is not, the step may be missed, which is said.
+                    let _ = self.wait(from, "a source with nothing left to send", |s, _| settled(s));
+                    wan.change_both(|shape| shape.delay = FAR);
+                }
                 Step::Opened | Step::Attached | Step::Migrating | Step::Sending | Step::Released => {}
             }
             Ok(())
@@ -184,21 +204,26 @@ impl<'a> Scene<'a> {
                 self.wait(from, "the release", |s, t| t.role == "Serving" && s.role == "Replica")?;
                 true
             }
-            Step::Sending => self.caught(from, |s, t| s.role == "Sealed" && s.generations.lag_bytes > 0 && !writes(t)),
-            Step::Sealed => self.caught(from, |s, t| s.role == "Sealed" && !writes(t)),
+            Step::Sending => {
+                self.caught(from, STEP, |s, t| s.role == "Sealed" && s.generations.lag_bytes > 0 && !writes(t))
+            }
+            Step::Sealed => self.caught(from, STEP, |s, t| s.role == "Sealed" && !writes(t)),
             _ => {
-                let sealed = self.caught(from, |s, t| s.role == "Sealed" && !writes(t));
+                let sealed = self.caught(from, STEP, |s, t| s.role == "Sealed" && !writes(t));
                 wan.black_hole(back);
-                sealed && self.caught(from, |s, t| s.role == "Sealed" && writes(t))
+                sealed && self.caught(from, HELD, |s, t| s.role == "Sealed" && writes(t))
             }
         };
         Ok((attempt, hit))
     }
 
     /// Was it seen? What cannot be seen any more is over.
-    fn caught(&self, from: usize, done: impl Fn(&Report, &Report) -> bool) -> bool {
+    fn caught(&self, from: usize, patience: Duration, done: impl Fn(&Report, &Report) -> bool) -> bool {
         let over = |s: &Report| s.role == "Replica" || s.role == "Released";
-        let _ = self.wait(from, "the step", |s, t| done(s, t) || over(s));
+        let _ = self.watch.wait("the step", patience, |a, b| {
+            let (s, t) = if from == 0 { (a, b) } else { (b, a) };
+            done(s, t) || over(s)
+        });
         self.watch.last(from).zip(self.watch.last(1 - from)).is_some_and(|(s, t)| done(&s, &t))
     }
 
@@ -209,18 +234,26 @@ impl<'a> Scene<'a> {
 
     fn start_target(&mut self, attempt: &mut Attempt) -> anyhow::Result<()> {
         let to = 1 - self.at;
-        self.wait(self.at, "the target to be attachable", |_, t| t.attachable)?;
-        let name = format!("vm-{}", attempt.tag);
-        let (site, backings) = (self.pair.site(to), self.pair.backings(to));
-        attempt.target = Some(Qemu::start(site, &name, &machine(), &backings, Start::IncomingStopped)?);
+        let deadline = Instant::now() + STEP;
+        attempt.target = loop {
+            self.wait(self.at, "the target to be attachable", |_, t| t.attachable)?;
+            let name = format!("vm-{}", attempt.tag);
+            let (site, backings) = (self.pair.site(to), self.pair.backings(to));
+            match Qemu::start(site, &name, &machine(), &backings, Start::IncomingStopped) {
+                Ok(target) => break Some(target),
+                // The link broke since the report was made; KubeVirt tries again with another migration.
+                Err(error) => ensure!(Instant::now() < deadline, "the target's QEMU is not let in: {error:#}"),
+            }
+        };
         self.wait(self.at, "the target's QEMU to be attached", |_, t| t.role == "Attached")
     }
 
     /// Breaks it.
     pub fn inject(&mut self, attempt: &mut Attempt, fault: Fault) -> anyhow::Result<()> {
-        // It answers while its writes are held: its control line is another thread.
-        let stats = self.guest.stats()?;
-        attempt.acknowledged = stats.streams.iter().map(|s| s.acknowledged).collect();
+        // It answers while its writes are held, its control line is another thread; but not once that has paused its machine.
+        if let Ok(stats) = self.guest.stats() {
+            attempt.acknowledged = stats.streams.iter().map(|s| s.acknowledged).collect();
+        }
         let (from, to) = (self.at, 1 - self.at);
         match fault {
             Fault::SourceWorker => ensure!(kill_worker(supervisor(&self.pair, from)?), "there was no worker"),
@@ -406,6 +439,7 @@ impl<'a> Scene<'a> {
             return Ok(Outcome::Stayed);
         }
         drop(self.vm.take());
+        self.pod(here, "primary")?;
         self.boot(here, &attempt.acknowledged)?;
         Ok(if here == to { Outcome::BootedAtTarget } else { Outcome::BootedAtSource })
     }
@@ -433,6 +467,7 @@ impl<'a> Scene<'a> {
     /// Exactly one end serves, at the highest epoch; the guest misses nothing; the replica becomes equal.
     fn settle(&mut self, outcome: Outcome) -> anyhow::Result<()> {
         let at = self.at;
+        self.pod(1 - at, "replica")?;
         self.wait(at, "one end that serves and one replica, at one epoch", |s, t| {
             s.role == "Serving" && t.role == "Replica" && s.epoch == t.epoch && s.link.connected
         })?;
