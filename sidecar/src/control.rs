@@ -75,11 +75,11 @@ impl tonic::service::Interceptor for OwnSite {
     }
 }
 
+/// The control API as [`service_for_own_site`] gives it.
+pub type OwnSiteControl = InterceptedService<control_server::ControlServer<Control>, OwnSite>;
+
 /// For the mTLS listener, beside the replication service.
-pub fn service_for_own_site(
-    steering: Arc<dyn Steering>,
-    own: Identity,
-) -> InterceptedService<control_server::ControlServer<Control>, OwnSite> {
+pub fn service_for_own_site(steering: Arc<dyn Steering>, own: Identity) -> OwnSiteControl {
     InterceptedService::new(service(steering), OwnSite(own))
 }
 

@@ -53,6 +53,7 @@ use super::{
 use crate::{
     config::{Config, StartWithoutPeer},
     throttle::Throttle,
+    tls::Tls,
 };
 
 mod cuts;
@@ -135,6 +136,7 @@ pub struct Parts {
     pub remote: Arc<RemoteReads>,
     pub signals: Arc<Signals>,
     pub replica: ReplicaFolder,
+    pub tls: Arc<Tls>,
     pub generations: Arc<Generations>,
     pub hello: Arc<Mutex<Hello>>,
     pub dial: watch::Sender<bool>,

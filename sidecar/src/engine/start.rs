@@ -41,6 +41,7 @@ use super::{
     folder::{ROLE_MAGIC, ROLE_NAME, ROLE_VERSION, ReplicaFolder},
     gate::{GateDisk, GuestEvents, finish},
     generations::Generations,
+    handle::Handle,
     preserve::PreserveStore,
     remote::RemoteReads,
     stream::{self, Dialer, Post},
@@ -201,6 +202,7 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
     let (dial, wanted) = watch::channel(false);
     let parts = Parts {
         replica: ReplicaFolder::new(&config, &sizes),
+        tls: tls.clone(),
         generations: generations.clone(),
         config: config.clone(),
         inbox,
@@ -235,8 +237,11 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         .map_err(io("brain thread"))?;
     let (stop, stopped) = watch::channel(false);
     let listen_post = post.clone();
+    // Our own site's operator steers over the same listener; the unix socket is for people on the spot.
+    let steering = Arc::new(Handle { post: post.clone(), report: report.clone(), signals: signals.clone() });
+    let control = crate::control::service_for_own_site(steering, config.identity());
     tokio::spawn(async move {
-        if let Err(error) = stream::listen(listener, listen_post, stopped).await {
+        if let Err(error) = stream::listen(listener, listen_post, control, stopped).await {
             tracing::error!(%error, "the listener for the peer ended");
         }
     });

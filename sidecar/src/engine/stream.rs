@@ -31,6 +31,7 @@ use super::{
 };
 use crate::{
     config::Peer,
+    control::OwnSiteControl,
     throttle::Throttle,
     tls::{self, Connection, DialOptions, Listener, Tls},
 };
@@ -123,10 +124,11 @@ async fn pump(link: LinkId, incoming: &mut Streaming<ControlMessage>, post: &Pos
     }
 }
 
-/// Serve until `stop` changes.
+/// Serve until `stop` changes: the peer's stream, and the control API for our own site.
 pub async fn listen(
     listener: Listener,
     post: Post,
+    control: OwnSiteControl,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), tonic::transport::Error> {
     let service = ReplicationServer::new(Service { post, inbox: Arc::new(Semaphore::new(INBOX_BYTES)) })
@@ -138,6 +140,7 @@ pub async fn listen(
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(service)
+        .add_service(control)
         .serve_with_incoming_shutdown(listener.incoming(), async move {
             let _ = stop.wait_for(|s| *s).await;
         })

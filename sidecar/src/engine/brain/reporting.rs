@@ -10,6 +10,9 @@ use watari_wire::report::{
 
 use super::*;
 
+/// A certificate of which less than this share of its life is left should have been renewed.
+const CERTIFICATE_LATE_SHARE: i64 = 5;
+
 impl Brain {
     pub(super) fn make_report(&mut self) {
         self.follow_conditions();
@@ -201,7 +204,25 @@ impl Brain {
         }
     }
 
+    /// Our own certificate: the link ends with it, the VM does not.
+    fn follow_certificate(&mut self) {
+        let status = self.parts.tls.status();
+        let next = "renew `tls.certificate` and its key: new files are taken up without a restart";
+        let reload = status.reload_error.map(|error| ("ReloadFailed", format!("new files cannot be used: {error}")));
+        let left = status.not_after_unix_seconds - (unix_millis() / 1000) as i64;
+        let lifetime = status.not_after_unix_seconds - status.not_before_unix_seconds;
+        let ends = if left <= 0 {
+            Some(("Expired", "our certificate has expired: no new connection to the peer is made".to_owned()))
+        } else {
+            let short = left < lifetime / CERTIFICATE_LATE_SHARE;
+            short.then(|| ("ExpiresSoon", format!("our certificate ends in {} hours", left / 3600)))
+        };
+        let found = reload.or(ends).map(|(reason, text)| (reason, text, next));
+        self.conditions.follow("Certificate", found);
+    }
+
     fn follow_conditions(&mut self) {
+        self.follow_certificate();
         let full = self.target.as_ref().map(|t| t.full.clone()).filter(|f| !f.is_empty());
         self.conditions.follow(
             "TargetFull",
