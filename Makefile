@@ -4,12 +4,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help tools setup build static test unit fmt lint deny demo soak bench clusters clusters-down e2e
+.PHONY: help tools setup build static test unit fmt lint deny demo soak bench clusters clusters-down e2e fuzz
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 ARGS ?=
 MINUTES ?= 10
 SEEDS ?= 10000000
+SECONDS ?= 60
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +58,14 @@ soak: ## the long tests: 200 kills and 20 moves on real QEMU, millions of simula
 	e2e/setup.sh test
 	cargo run --profile soak -p watari-sim -- soak --minutes $(MINUTES) --seeds $(SEEDS)
 	cargo run --release -p watari-e2e --bin watari-soak -- $(ARGS)
+
+fuzz: tools ## every decoder under libFuzzer, SECONDS each (needs cargo-fuzz, see sidecar/fuzz/README.md)
+	@command -v cargo-fuzz >/dev/null || { echo "cargo-fuzz is missing: cargo install --locked cargo-fuzz (a minute or two)"; exit 1; }
+	@for target in $$(sed -n 's/.*Target { name: "\([a-z_]*\)".*/\1/p' sidecar/fuzz/src/lib.rs); do \
+	  echo "== $$target"; mkdir -p $(TARGET_DIR)/fuzz/$$target; \
+	  WATARI_FUZZ_TARGET=$$target RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir sidecar/fuzz/libfuzzer decode $(abspath $(TARGET_DIR))/fuzz/$$target -- \
+	    -max_total_time=$(SECONDS) -max_len=65536 -rss_limit_mb=1024 -print_final_stats=1; \
+	done
 
 bench: ## measure everything beside its peers: a table, docs/BENCHMARKS.md and plots (as root; ARGS="--only F3,F5", --quick, --help)
 	e2e/setup.sh bench
