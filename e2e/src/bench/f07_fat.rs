@@ -46,7 +46,13 @@ impl Figure for LongFat {
 
     fn run(&self, effort: Effort) -> anyhow::Result<Outcome> {
         let bytes = effort.of(1536 * MIB, 128 * MIB);
-        let bed = TestBed::new("f7", Shape::wan(LINK, RTT))?;
+        let bed = TestBed::new("f7", Shape { queue_bytes: 64 * MIB, ..Shape::default() })?;
+        let limit = sampled(&bed, || plain_tcp(&bed, Duration::from_secs(3)))?.steady();
+        say(format_args!(
+            "the emulator forwards {:.0} Mbit/s of one TCP connection when nothing limits it",
+            limit * 1e-6
+        ));
+        bed.wan.change_both(|shape| *shape = Shape::wan(LINK, RTT));
         let disk = DiskSpec { name: "root", bytes };
         let source = bed.dir.join("noise.img");
         load::noise(&source, 0, bytes, 7)?;

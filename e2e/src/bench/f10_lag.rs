@@ -54,7 +54,7 @@ impl Figure for Lag {
         let mut rows = Vec::new();
         let mut series = Vec::new();
         let mut marks = Vec::new();
-        for (interval, rounds) in effort.of(vec![(10u64, 6u64), (60, 4)], vec![(2, 3)]) {
+        for (interval, rounds) in effort.of(vec![(10u64, 6u64), (60, 3)], vec![(2, 3)]) {
             pair.ctl(0, &["set", "--interval", &format!("{interval}s")])?;
             let seconds = (interval * (rounds + 2)) as f64;
             let load = Job::new(&uri, "randwrite", 16 * KIB, 4, seconds).with(format!("size={DISK_BYTES}"));

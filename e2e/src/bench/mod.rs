@@ -45,6 +45,8 @@ pub use measure::Outcome;
 pub struct Effort {
     /// A smoke run: one repetition, small data. Its figures mean nothing.
     pub quick: bool,
+    /// How long the full copy of F1-hour shall take: its disk is made accordingly.
+    pub copy_minutes: u64,
 }
 
 impl Effort {
