@@ -62,17 +62,19 @@ impl Figure for Lag {
             std::thread::sleep(Duration::from_secs(interval * 2));
             let began = Instant::now();
             let mut ages = Vec::new();
+            let sent = bed.wan.bytes_delivered();
             while began.elapsed() < Duration::from_secs(interval * rounds) {
                 let report = pair.report(0)?;
                 let age = report.now_unix_millis.saturating_sub(report.generations.committed_cut_unix_millis);
                 ages.push((began.elapsed().as_secs_f64(), age as f64 / 1000.0));
                 std::thread::sleep(SAMPLE);
             }
+            let link_mbit = (bed.wan.bytes_delivered() - sent) as f64 * 8e-6 / began.elapsed().as_secs_f64();
             let churn = load.finish()?.bytes_per_second;
             let bound = 1.5 * interval as f64 + 5.0;
             let values: Vec<f64> = ages.iter().map(|sample| sample.1).collect();
             let remark = format!(
-                "median {:.1} s, largest {:.1} s; guest wrote {:.0} Mbit/s",
+                "median {:.1} s, largest {:.1} s; guest wrote {:.0} Mbit/s, the link carried {link_mbit:.0} Mbit/s",
                 percentile(&values, 50.0),
                 percentile(&values, 100.0),
                 churn * 8e-6
