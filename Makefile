@@ -84,3 +84,4 @@ clusters-down: tools ## take the clusters off this machine
 e2e: tools ## run the tests that need clusters, on ours (which stay up) or on two others (e2e/clusters/README.md)
 	@[ -n "$${WATARI_E2E_KUBECONFIG_A:-}" ] || $(MAKE) clusters
 	cargo test -p watari-clusters --features on-clusters --test clusters -- --test-threads 1
+	cargo test -p kubevirt-standin --features on-clusters --test standin
