@@ -60,7 +60,11 @@ mod cuts;
 mod intents;
 mod links;
 mod pace;
+mod parts;
 mod reporting;
+mod roles;
+
+pub use parts::{Baseline, Parts};
 
 /// Longest sleep of the loop: held requests expire, demands time out and reports are made at this grain.
 const TICK: Duration = Duration::from_millis(50);
@@ -119,52 +123,6 @@ struct CutWaiter {
 }
 
 type WaitingFrame = (Bytes, Bytes, OwnedSemaphorePermit);
-
-/// Everything that the brain is made from.
-pub struct Parts {
-    pub config: Arc<Config>,
-    pub inbox: Receiver<Event>,
-    pub post: Post,
-    pub site: Site,
-    pub session: Session,
-    pub slot: SlotFile,
-    pub meta: Folder,
-    pub lock: FolderLock,
-    pub shared: Arc<Shared>,
-    pub disks: Arc<Vec<GateDisk>>,
-    pub connections: Arc<Connections>,
-    pub remote: Arc<RemoteReads>,
-    pub signals: Arc<Signals>,
-    pub replica: ReplicaFolder,
-    pub tls: Arc<Tls>,
-    pub generations: Arc<Generations>,
-    pub hello: Arc<Mutex<Hello>>,
-    pub dial: watch::Sender<bool>,
-    pub throttle: Arc<Throttle>,
-    pub report: Arc<Mutex<Report>>,
-    /// What a start as source must do before the marks can be believed.
-    pub baseline: Baseline,
-    /// Nothing shows that a guest was served a moment ago (a worker that restarts under its QEMU): the peer is asked first
-    /// whether it was promoted meanwhile.
-    pub fresh_boot: bool,
-    /// What a starting source found, until the peer's word on it is heard.
-    pub start_facts: Option<StartFacts>,
-    /// This start's number in the trust record; 0: it could not be recorded.
-    pub starts: u64,
-}
-
-/// Where the marks of a starting source come from.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Baseline {
-    /// The marks are right as they are.
-    Marks,
-    /// These ranges (disk, first block, blocks) may differ.
-    Compare(Vec<(watari_core::geometry::DiskIndex, u64, u64)>),
-    /// Everything may differ, for this reason.
-    Everything(String),
-    /// The peer's word decides between the log and everything ([`Brain::judge_start`]).
-    Unproven,
-}
 
 /// See the module's header.
 pub struct Brain {
@@ -344,32 +302,6 @@ impl Brain {
         }
     }
 
-    // ---- roles
-
-    /// After a start: go on from the durable record.
-    fn take_up(&mut self) {
-        let role = self.parts.site.record().role.clone();
-        if role.is_active_side() && !matches!(role, Role::Promoting { .. }) {
-            let baseline = self.parts.baseline.clone();
-            self.become_source(None, baseline);
-        } else if matches!(role, Role::Replica | Role::Voided { .. } | Role::Promoting { .. } | Role::Fenced { .. }) {
-            self.open_target();
-        }
-        if matches!(role, Role::Fenced { .. }) {
-            match divergence::read(&self.parts.config.folder, self.parts.config.pair.id.0) {
-                Ok(list) => self.divergence = list,
-                Err(error) => tracing::error!(%error, "what this side wrote alone is not known"),
-            }
-        }
-        let actions = self.parts.site.resume();
-        self.perform(actions);
-        if self.parts.fresh_boot && self.parts.site.record().role == Role::Serving {
-            self.confirm_until = Some(Instant::now() + pace::CONFIRM_WAIT);
-            self.set_gate(Gate::Hold);
-        }
-        self.dial();
-    }
-
     fn apply(&mut self, event: handover::Event) {
         let actions = self.parts.site.apply(event);
         self.perform(actions);
@@ -454,19 +386,6 @@ impl Brain {
         self.parts.signals.attachable.store(self.parts.site.attachable(), SeqCst);
     }
 
-    /// What this side wrote and its peer lacks, durable before anything says that this side is fenced.
-    fn list_divergence(&mut self, record: &RoleRecord, by: u64) {
-        let Some(source) = &self.source else { return };
-        self.parts.shared.tracker.seal();
-        self.drain();
-        let list = divergence::list(&self.parts.shared, record, by, source.primary.base());
-        if let Err(error) = divergence::write(&self.parts.config.folder, &list) {
-            tracing::error!(%error, "the list of what this side wrote alone cannot be kept: the worker starts over");
-            std::process::exit(super::EXIT_RECORD);
-        }
-        self.divergence = Some(list);
-    }
-
     /// Wait for the writes that passed the gate before it closed. They are on their way to a local disk.
     fn drain(&self) {
         let began = Instant::now();
@@ -504,119 +423,6 @@ impl Brain {
         let wanted = role.is_active_side() && !matches!(role, Role::Promoting { .. });
         self.parts.dial.send_if_modified(|now| std::mem::replace(now, wanted) != wanted);
         self.refresh_hello();
-    }
-
-    /// `base`: a fresh beginning at this generation (handover, promotion); `None`: a start of the process.
-    fn become_source(&mut self, base: Option<Generation>, baseline: Baseline) {
-        self.set_target(None);
-        self.frames.clear();
-        self.parts.shared.tracker.unseal();
-        if base.is_some() {
-            // The disks equal the base at both sites: nothing is marked. The journal, undo and manifest have served.
-            self.parts.shared.tracker.clear_all();
-            if let Err(error) = self.parts.replica.remove() {
-                tracing::warn!(%error, "the former replica's files are left behind");
-            }
-        }
-        let record = self.parts.site.record().clone();
-        let begin = Begin {
-            limits: self.limits.clone(),
-            epoch: record.epoch.counter,
-            session: self.parts.session,
-            base: base.unwrap_or(record.base),
-            next_number: record.numbers_reserved,
-            numbers_reserved: record.numbers_reserved,
-            level: Some(pace::FIRST_LEVEL),
-        };
-        let mut source =
-            Source::new(begin, self.parts.shared.clone(), self.parts.disks.clone(), self.parts.post.clone());
-        match baseline {
-            Baseline::Marks | Baseline::Unproven => {}
-            Baseline::Compare(ranges) => {
-                for (disk, first, blocks) in ranges {
-                    source.must_compare(disk, first, blocks);
-                }
-            }
-            Baseline::Everything(why) => {
-                tracing::warn!(reason = why, "everything will be compared by digest");
-                source.compare_everything(&why);
-            }
-        }
-        self.source = Some(source);
-    }
-
-    /// Those who read kept generations see the same store, and none when there is none.
-    fn set_target(&mut self, target: Option<Target>) {
-        self.parts.generations.set(target.as_ref().map(|t| t.store.clone()));
-        self.target = target;
-    }
-
-    fn become_replica(&mut self, generation: Generation) {
-        self.source = None;
-        self.parts.shared.preserve.clear();
-        let adopted = self.parts.replica.create(false).and_then(|mut store| {
-            store.adopt(adopted_mark(generation))?;
-            store.raise_floor(self.parts.site.record().epoch.counter)?;
-            Ok(store)
-        });
-        match adopted {
-            Ok(store) => {
-                self.set_target(Some(Target::new(store)));
-                self.parts.shared.tracker.clear_all();
-                // What it wrote alone is a kept generation of this replica now.
-                self.divergence = None;
-                if let Err(error) = divergence::remove(&self.parts.config.folder) {
-                    tracing::warn!(%error, "the list of divergent blocks is left behind");
-                }
-                self.apply(handover::Event::Adopted);
-            }
-            Err(error) => self.conditions.set(
-                "ReplicaFailed",
-                "CannotAdopt",
-                &error.to_string(),
-                "make room in the folder, then restart this sidecar",
-            ),
-        }
-    }
-
-    fn open_target(&mut self) {
-        match self.parts.replica.open_or_create() {
-            Ok(store) => {
-                self.set_target(Some(Target::new(store)));
-                self.conditions.clear("ReplicaFailed");
-            }
-            Err(error) => {
-                tracing::error!(%error, "the replica cannot be opened");
-                self.conditions.set(
-                    "ReplicaFailed",
-                    "CannotOpen",
-                    &error.to_string(),
-                    "`watari-sidecar inspect` shows what is there",
-                );
-            }
-        }
-    }
-
-    /// Promotion: make the image equal to a kept generation, then serve.
-    fn roll_to(&mut self, generation: Generation) {
-        let Some(target) = &mut self.target else { return };
-        let rolled = (|| {
-            if target.committed() != generation {
-                target.store.lock().promote_to(generation)?;
-            }
-            target.finish_applying()
-        })();
-        match rolled {
-            Ok(()) => {
-                self.apply(handover::Event::Rolled { activation: watari_core::geometry::ActivationId(random_id()) })
-            }
-            Err(error) => self.conditions.set(
-                "PromotionFailed",
-                "CannotRoll",
-                &error.to_string(),
-                "make room, then promote again",
-            ),
-        }
     }
 
     fn disks_synced(&mut self, result: Result<(), String>) {
