@@ -11,6 +11,8 @@ ARGS ?=
 MINUTES ?= 10
 SEEDS ?= 10000000
 SECONDS ?= 60
+# What only clusters need pulls in a Kubernetes client, minutes of building: `make e2e` and .ci/run have its tests.
+NOT_CLUSTERS := --exclude watari-clusters --exclude kubevirt-standin
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,13 +32,13 @@ static: tools ## build the one static binary that the image holds
 
 test: setup tools ## run every test (as root: whole-system tests make namespaces and boot guests)
 	@mkdir -p $(TARGET_DIR)
-	@status=0; cargo test --workspace --no-fail-fast 2>&1 | tee $(TARGET_DIR)/test.log || status=$$?; \
+	@status=0; cargo test --workspace $(NOT_CLUSTERS) --no-fail-fast 2>&1 | tee $(TARGET_DIR)/test.log || status=$$?; \
 	awk '/^test result:/ { passed += $$4; failed += $$6; skipped += $$8 } \
 	     END { printf "\n%d passed, %d failed, %d skipped\n", passed, failed, skipped; exit passed == 0 }' $(TARGET_DIR)/test.log; \
 	exit $$status
 
 unit: tools ## run the tests of all crates, without the whole-system ones
-	cargo test --workspace --exclude watari-e2e
+	cargo test --workspace --exclude watari-e2e $(NOT_CLUSTERS)
 
 fmt: tools ## format the code
 	cargo fmt --all
@@ -83,5 +85,6 @@ clusters-down: tools ## take the clusters off this machine
 
 e2e: tools ## run the tests that need clusters, on ours (which stay up) or on two others (e2e/clusters/README.md)
 	@[ -n "$${WATARI_E2E_KUBECONFIG_A:-}" ] || $(MAKE) clusters
+	cargo test -p watari-clusters -p kubevirt-standin --lib --bins
 	cargo test -p watari-clusters --features on-clusters --test clusters -- --test-threads 1
 	cargo test -p kubevirt-standin --features on-clusters --test standin
