@@ -20,6 +20,8 @@ use crate::{
     reaper,
 };
 
+/// Folders of ours on the tmpfs.
+const RUNTIME_PREFIX: &str = "watari-bench";
 const UUID: &str = "0b6f8c52-2f0e-4d6f-9a41-6f4f0a1be9c7";
 const PORT: u16 = 7070;
 const START: Duration = Duration::from_secs(60);
@@ -73,8 +75,9 @@ impl Rig {
         command.args(["pki", "new", "--pair", UUID, "--site", NAMES[0], "--site", NAMES[1], "--out"]).arg(&pki);
         let output = command.output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        sweep();
         let unique = dir.display().to_string().replace('/', "-");
-        let runtimes = NAMES.map(|name| PathBuf::from(format!("/dev/shm/watari-bench{unique}-{name}")));
+        let runtimes = NAMES.map(|name| PathBuf::from(format!("/dev/shm/{RUNTIME_PREFIX}{unique}-{name}")));
         let rig = Rig { netns: Netns::create(label)?, dir, options, processes: [None, None], runtimes };
         for end in [0, 1] {
             std::fs::create_dir_all(rig.end_dir(end))?;
@@ -191,6 +194,17 @@ impl Rig {
                 _ if Instant::now() >= deadline => bail!("waited in vain for {what}: {report:#?}"),
                 _ => std::thread::sleep(Duration::from_millis(20)),
             }
+        }
+    }
+}
+
+/// Removes what rigs of killed processes left in memory; their folders' names hold the process id.
+fn sweep() {
+    for entry in std::fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.strip_prefix(RUNTIME_PREFIX).and_then(|rest| rest.split("-e2e-run-").nth(1)?.split('-').next());
+        if pid.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
         }
     }
 }
