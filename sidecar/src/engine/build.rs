@@ -4,7 +4,7 @@
 //! the frozen bit, or taken from the preserve store; **I1** staged marks are set before frozen ones are cleared.
 //! Runs on the reader threads; it does not decide what is read when.
 
-use std::{sync::atomic::Ordering::Relaxed, time::Instant};
+use std::sync::atomic::Ordering::Relaxed;
 
 use bytes::Bytes;
 use watari_core::{
@@ -185,13 +185,13 @@ impl<'a> Builder<'a> {
         if !self.data.is_empty() {
             let extents = extents_of(self.data.iter().map(|p| p.block));
             let content = joined(&self.data);
-            let began = Instant::now();
+            let began = thread_cpu_nanos();
             let compressed = self.naming.level.and_then(|level| compress(&content, level));
             if let Some(payload) = &compressed {
                 // Only what was compressed says anything about the level.
                 self.effort.content_bytes.fetch_add(content.len() as u64, Relaxed);
                 self.effort.payload_bytes.fetch_add(payload.len() as u64, Relaxed);
-                self.effort.nanos.fetch_add(began.elapsed().as_nanos() as u64, Relaxed);
+                self.effort.nanos.fetch_add(thread_cpu_nanos().saturating_sub(began), Relaxed);
             }
             let header = FrameHeader::data(self.id(0), self.disk, extents, &content, compressed.as_deref())?;
             out.push(OutFrame { header, payload: compressed.unwrap_or(content).into() });
@@ -228,6 +228,13 @@ fn extents_of(blocks: impl Iterator<Item = Block>) -> Vec<Extent> {
         }
     }
     out
+}
+
+/// Processor time of this thread: what compressing costs, not how long it waited for its turn on a busy node (by the
+/// clock on the wall a busy node looks like one whose compression is slow, and the level falls to the lowest).
+fn thread_cpu_nanos() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// zstd, if it saves at least a sixteenth; a quick look at a sample spares incompressible content the whole attempt.
