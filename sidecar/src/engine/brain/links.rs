@@ -229,8 +229,15 @@ impl Brain {
         reply.heard = self.heard.as_ref().filter(|(site, _)| *site == hello.site).map(|(_, witness)| *witness);
         self.dialler_site = hello.site.clone();
         self.frames.clear();
+        if let Some(target) = &mut self.target {
+            target.set_room(self.parts.replica.room());
+        }
         if let Some(link) = &self.link {
             let _ = link.control.send(message(Body::Hello(reply)));
+            // Known from the first moment on: a handover may be opened in the next.
+            if let Some(target) = &self.target {
+                let _ = link.control.send(message(target.state()));
+            }
             for part in self.divergence.iter().flat_map(|list| divergence::messages(list, self.parts.disks.len())) {
                 let _ = link.control.send(message(Body::Divergence(part)));
             }
