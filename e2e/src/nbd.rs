@@ -1,18 +1,8 @@
 //! A client of one NBD export, as tests need it: qemu-io with a list of commands, judged by its words.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{path::Path, process::Command};
 
 use anyhow::ensure;
-
-use crate::pair::Pair;
-
-/// Where one end of the pair serves a disk (or `generations`).
-pub fn socket(pair: &Pair, end: usize, name: &str) -> PathBuf {
-    pair.site(end).dir.join("nbd").join(format!("{name}.sock"))
-}
 
 /// Run the commands on an export; an error with qemu-io's words when one of them failed.
 pub fn qemu_io(socket: &Path, export: &str, commands: &[&str]) -> anyhow::Result<()> {

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use watari_e2e::{
-    nbd::{qemu_io, socket},
+    nbd::qemu_io,
     pair::{Pair, PairOptions},
     site::TestBed,
     wan::Shape,
@@ -38,7 +38,7 @@ fn pair(bed: &TestBed) -> anyhow::Result<Pair<'_>> {
 fn what_changed_in_the_replica_behind_our_back_is_found_and_sent_again() -> anyhow::Result<()> {
     let bed = TestBed::new("verify", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
     let mut pair = pair(&bed)?;
-    let root = socket(&pair, 0, "root");
+    let root = pair.socket(0, "root");
     qemu_io(&root, "root", &["write -P 3 0 8M", "flush"])?;
     pair.cut(0)?;
     let proved = |r: &watari_wire::report::Report| r.verification.as_ref().is_some_and(|v| v.proved_unix_millis > 0);
@@ -54,7 +54,7 @@ fn what_changed_in_the_replica_behind_our_back_is_found_and_sent_again() -> anyh
     let report = pair.report(0)?;
     ensure!(report.conditions.iter().any(|c| c.kind == "ReplicaDiffered" && c.status), "{:?}", report.conditions);
     pair.cut(0)?;
-    qemu_io(&socket(&pair, 1, "generations"), "root@latest", &["read -P 3 0 8M"])?;
+    qemu_io(&pair.socket(1, "generations"), "root@latest", &["read -P 3 0 8M"])?;
     Ok(())
 }
 
@@ -65,7 +65,7 @@ fn a_handover_is_not_opened_towards_a_target_without_room_for_what_is_dirty() ->
     pair.ctl(0, &["set", "--paused", "true"])?;
     // 200 MiB are dirty: twice that is more than a journal of 256 MiB takes.
     for name in ["root", "data"] {
-        qemu_io(&socket(&pair, 0, name), name, &["write -P 9 0 100M", "flush"])?;
+        qemu_io(&pair.socket(0, name), name, &["write -P 9 0 100M", "flush"])?;
     }
     let declined = pair.ctl(0, &["open-handover", "--vmi-uid", "u1"]).err().context("it must be declined")?.to_string();
     ensure!(declined.contains("a handover needs") && declined.contains("journal"), "{declined}");
@@ -84,8 +84,8 @@ fn what_a_side_wrote_alone_before_it_was_fenced_is_listed_told_and_copied() -> a
     let after = pair.report(0)?.generations.committed;
     bed.wan.link_down()?;
     // Nobody but this side has these: 1 MiB at 2 MiB, and one block of the second disk.
-    qemu_io(&socket(&pair, 0, "root"), "root", &["write -P 6 2M 1M", "flush"])?;
-    qemu_io(&socket(&pair, 0, "data"), "data", &["write -P 7 64k 4k", "flush"])?;
+    qemu_io(&pair.socket(0, "root"), "root", &["write -P 6 2M 1M", "flush"])?;
+    qemu_io(&pair.socket(0, "data"), "data", &["write -P 7 64k 4k", "flush"])?;
     pair.ctl(1, &["promote"])?;
     bed.wan.restore()?;
     pair.wait(0, "the old side to be fenced", WAIT, |r| r.role == "Fenced")?;
@@ -118,8 +118,8 @@ fn what_a_side_wrote_alone_before_it_was_fenced_is_listed_told_and_copied() -> a
         pair.wait(0, "its own content to be kept", WAIT, |r| r.replica.as_ref().is_some_and(|k| !k.kept.is_empty()))?;
     let own = kept.replica.context("a replica")?.kept.last().cloned().context("a kept generation")?;
     pair.cut(1)?;
-    qemu_io(&socket(&pair, 0, "generations"), &format!("root@{own}"), &["read -P 6 2M 1M"])?;
-    qemu_io(&socket(&pair, 0, "generations"), "root@latest", &["read -P 0 2M 1M"])?;
+    qemu_io(&pair.socket(0, "generations"), &format!("root@{own}"), &["read -P 6 2M 1M"])?;
+    qemu_io(&pair.socket(0, "generations"), "root@latest", &["read -P 0 2M 1M"])?;
     Ok(())
 }
 
@@ -135,7 +135,7 @@ fn after_the_loss_of_a_node_the_peer_proves_the_region_log_and_only_its_regions_
     // Long enough a way that a comparison of everything can be seen.
     let bed = TestBed::new("node", Shape::wan(1_000_000_000, Duration::from_millis(60)))?;
     let mut pair = pair(&bed)?;
-    let root = socket(&pair, 0, "root");
+    let root = pair.socket(0, "root");
     qemu_io(&root, "root", &["write -P 2 0 64M", "flush"])?;
     pair.cut(0)?;
     // Regions that are not written any more leave the log at later commits; and a heartbeat of it is heard.
@@ -156,7 +156,7 @@ fn after_the_loss_of_a_node_the_peer_proves_the_region_log_and_only_its_regions_
     let cut = pair.cut(0)?;
     let report = pair.report(0)?;
     ensure!(report.transfer.content_bytes > 0 && report.transfer.content_bytes < 32 << 20, "{cut}: {report:?}");
-    qemu_io(&socket(&pair, 1, "generations"), "root@latest", &["read -P 3 40M 64k", "read -P 2 41M 23M"])?;
+    qemu_io(&pair.socket(1, "generations"), "root@latest", &["read -P 3 40M 64k", "read -P 2 41M 23M"])?;
     // A peer that heard nothing proves nothing: then everything is compared, and it says why.
     pair.release(1)?;
     pair.start(1, "replica")?;
@@ -177,7 +177,7 @@ struct Client(Child);
 
 impl Client {
     fn connect(pair: &Pair, end: usize, name: &str) -> anyhow::Result<Self> {
-        let url = format!("nbd+unix:///{name}?socket={}", socket(pair, end, name).display());
+        let url = format!("nbd+unix:///{name}?socket={}", pair.socket(end, name).display());
         let mut child =
             Command::new("qemu-io").args(["-f", "raw", &url]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
         // One request, so that the connection stands when this returns a little later.
@@ -205,7 +205,7 @@ fn a_vm_that_was_promoted_past_is_not_served_by_the_next_worker_either() -> anyh
     pair.wait(1, "a client", WAIT, |r| r.disks[0].clients == 1)?;
     pair.ctl(1, &["promote"])?;
     pair.wait(1, "the promoted side to serve", WAIT, |r| r.role == "Serving")?;
-    let root = socket(&pair, 1, "root");
+    let root = pair.socket(1, "root");
     ensure!(qemu_io(&root, "root", &["read 0 4k"]).is_err(), "nobody, while the old VM is connected");
     // Killed, and started again: to the next worker a VM that comes back would look like any other.
     drop(pair.ends[1].sidecar.take());
@@ -236,12 +236,12 @@ fn a_promotion_within_reach_of_the_source_seals_it_first_and_loses_nothing() -> 
     pair.wait(1, "the link", WAIT, |r| r.link.connected)?;
     pair.ctl(0, &["set", "--paused", "true"])?;
     // Acknowledged, and nowhere but at the source.
-    qemu_io(&socket(&pair, 0, "root"), "root", &["write -P 8 1M 4M", "flush"])?;
+    qemu_io(&pair.socket(0, "root"), "root", &["write -P 8 1M 4M", "flush"])?;
     let said = pair.ctl(1, &["promote"])?;
     ensure!(said.contains("sealed first"), "{said}");
     let report = pair.wait(1, "the target to serve", WAIT, |r| r.role == "Serving")?;
     ensure!(report.epoch == 2 && !report.conditions.iter().any(|c| c.kind == "Unfenced"), "{report:?}");
     pair.wait(0, "the source to be a replica", WAIT, |r| r.role == "Replica")?;
-    qemu_io(&socket(&pair, 1, "root"), "root", &["read -P 8 1M 4M"])?;
+    qemu_io(&pair.socket(1, "root"), "root", &["read -P 8 1M 4M"])?;
     Ok(())
 }

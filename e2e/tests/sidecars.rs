@@ -1,9 +1,10 @@
 //! Two sidecars without a VM: what can be seen with NBD clients and the command line alone.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::time::Duration;
 
 use anyhow::ensure;
 use watari_e2e::{
+    nbd::qemu_io as io,
     pair::{Pair, PairOptions},
     site::TestBed,
     wan::Shape,
@@ -19,38 +20,17 @@ fn pair(bed: &TestBed) -> anyhow::Result<Pair<'_>> {
     Ok(pair)
 }
 
-/// qemu-io on an export; fails with its words when a command failed.
-fn io(socket: &Path, export: &str, commands: &[&str]) -> anyhow::Result<()> {
-    let mut qemu_io = Command::new("qemu-io");
-    qemu_io.args(["-f", "raw"]);
-    // Kept generations are announced as read-only, and qemu-io asks for writing unless told otherwise.
-    if export.contains('@') && commands.iter().all(|c| c.starts_with("read")) {
-        qemu_io.arg("-r");
-    }
-    commands.iter().for_each(|c| {
-        qemu_io.args(["-c", c]);
-    });
-    let output = qemu_io.arg(format!("nbd+unix:///{export}?socket={}", socket.display())).output()?;
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    ensure!(output.status.success() && !said.contains("failed"), "{commands:?} on {export}: {said}");
-    Ok(())
-}
-
-fn nbd(pair: &Pair, end: usize, name: &str) -> std::path::PathBuf {
-    pair.site(end).dir.join("nbd").join(format!("{name}.sock"))
-}
-
 #[test]
 fn a_kept_generation_is_read_over_nbd_while_newer_ones_arrive() -> anyhow::Result<()> {
     let bed = TestBed::new("kept", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
     let pair = pair(&bed)?;
-    let root = nbd(&pair, 0, "root");
+    let root = pair.socket(0, "root");
     io(&root, "root", &["write -P 1 0 4M", "flush"])?;
     pair.cut(0)?;
     let first = pair.report(0)?.generations.committed;
     io(&root, "root", &["write -P 2 1M 1M", "discard 3M 512k", "flush"])?;
     pair.cut(0)?;
-    let kept = nbd(&pair, 1, "generations");
+    let kept = pair.socket(1, "generations");
     io(&kept, &format!("root@{first}"), &["read -P 1 0 4M"])?;
     io(&kept, "root@latest", &["read -P 1 0 1M", "read -P 2 1M 1M", "read -P 0 3M 512k"])?;
     ensure!(io(&kept, "root@latest", &["write 0 4k"]).is_err(), "a kept generation is read-only");
@@ -75,7 +55,7 @@ fn an_idle_pair_makes_no_generations_and_its_lag_stays_small() -> anyhow::Result
 fn a_returning_source_is_fenced_before_it_serves_and_comes_back_with_consent() -> anyhow::Result<()> {
     let bed = TestBed::new("return", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
     let mut pair = pair(&bed)?;
-    io(&nbd(&pair, 0, "root"), "root", &["write -P 5 0 1M", "flush"])?;
+    io(&pair.socket(0, "root"), "root", &["write -P 5 0 1M", "flush"])?;
     pair.cut(0)?;
     pair.release(0)?;
     // Nobody is there to ask: the replica is promoted alone, and goes on as a primary.
@@ -84,16 +64,16 @@ fn a_returning_source_is_fenced_before_it_serves_and_comes_back_with_consent() -
     pair.start(1, "primary")?;
     pair.wait(1, "the promoted side to serve", WAIT, |r| r.role == "Serving" && r.epoch > 1)?;
     std::thread::sleep(Duration::from_secs(6));
-    io(&nbd(&pair, 1, "root"), "root", &["read -P 5 0 1M", "write -P 6 0 64k", "flush"])?;
+    io(&pair.socket(1, "root"), "root", &["read -P 5 0 1M", "write -P 6 0 64k", "flush"])?;
     // A fresh boot of the old side asks the peer first, and never serves.
     pair.start(0, "primary")?;
     pair.wait(0, "the old side to be fenced", WAIT, |r| r.role == "Fenced")?;
-    ensure!(io(&nbd(&pair, 0, "root"), "root", &["write 0 4k"]).is_err(), "a fenced side serves nothing");
+    ensure!(io(&pair.socket(0, "root"), "root", &["write 0 4k"]).is_err(), "a fenced side serves nothing");
     pair.ctl(0, &["accept-divergence"])?;
     pair.wait(0, "the old side to be a replica", WAIT, |r| r.role == "Replica")?;
     pair.wait(1, "the link", WAIT, |r| r.link.connected)?;
     pair.cut(1)?;
-    io(&nbd(&pair, 0, "generations"), "root@latest", &["read -P 6 0 64k", "read -P 5 64k 900k"])?;
+    io(&pair.socket(0, "generations"), "root@latest", &["read -P 6 0 64k", "read -P 5 64k 900k"])?;
     Ok(())
 }
 
@@ -106,9 +86,9 @@ fn a_handover_that_is_voided_leaves_the_source_serving_and_replicating() -> anyh
     pair.ctl(1, &["void"])?;
     let report = pair.wait(0, "the source to serve on", WAIT, |r| r.role == "Serving")?;
     ensure!(report.epoch == 3, "{report:?}");
-    io(&nbd(&pair, 0, "root"), "root", &["write -P 9 0 1M", "flush"])?;
+    io(&pair.socket(0, "root"), "root", &["write -P 9 0 1M", "flush"])?;
     pair.cut(0)?;
-    io(&nbd(&pair, 1, "generations"), "root@latest", &["read -P 9 0 1M"])?;
+    io(&pair.socket(1, "generations"), "root@latest", &["read -P 9 0 1M"])?;
     Ok(())
 }
 
@@ -148,6 +128,6 @@ fn a_thin_link_that_is_cut_again_and_again_converges_and_sends_little_twice() ->
     println!("{cuts} cuts, {} bytes a second time, {} in all", sent.resent_bytes, sent.wire_bytes);
     ensure!(cuts >= 2 && sent.resent_bytes <= CUT_BYTES_MAX * cuts, "{cuts} cuts: {sent:?}");
     pair.cut(0)?;
-    io(&nbd(&pair, 1, "generations"), "root@latest", &["read 0 12M"])?;
+    io(&pair.socket(1, "generations"), "root@latest", &["read 0 12M"])?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, ensure};
 
 use super::{Dice, Tally, kill_worker, replica_is_equal, start_pair, supervisor};
 use crate::{
+    nbd::qemu_io,
     pair::{Pair, PairOptions},
     site::TestBed,
     wan::Shape,
@@ -71,14 +72,5 @@ pub fn handovers(rounds: u32, seed: u64) -> anyhow::Result<Tally> {
 /// qemu-io on the first disk of one end.
 fn nbd_io(pair: &Pair, end: usize, commands: &[&str]) -> anyhow::Result<()> {
     let name = pair.options.disks[0].name;
-    let socket = pair.socket(end, name);
-    let mut qemu_io = std::process::Command::new("qemu-io");
-    qemu_io.args(["-f", "raw"]);
-    commands.iter().for_each(|c| {
-        qemu_io.args(["-c", c]);
-    });
-    let output = qemu_io.arg(format!("nbd+unix:///{name}?socket={}", socket.display())).output()?;
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    ensure!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
-    Ok(())
+    qemu_io(&pair.socket(end, name), name, commands)
 }
