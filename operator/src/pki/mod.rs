@@ -1,0 +1,1 @@
+//! Certificates: an authority per cluster, leaf certificates per pair and site, renewal.
