@@ -22,6 +22,7 @@ use crate::{
 
 const UUID: &str = "6f1c1e0a-8a52-4c0e-9d55-0c9a3b7e4f10";
 const PORT: u16 = 7070;
+const GATEWAY_PORT: u16 = 7443;
 
 /// A disk of the VM.
 #[derive(Clone, Debug)]
@@ -38,6 +39,8 @@ pub struct PairOptions {
     pub interval: String,
     pub bandwidth: String,
     pub journal: String,
+    /// Each site has a gateway, and its sidecar is reached through that alone.
+    pub gateways: bool,
     /// Further lines of the configuration, top level first.
     pub extra: String,
     /// Tables after everything else.
@@ -52,6 +55,7 @@ impl Default for PairOptions {
             interval: "2s".into(),
             bandwidth: "unlimited".into(),
             journal: "1GiB".into(),
+            gateways: false,
             extra: String::new(),
             tables: String::new(),
         }
@@ -63,6 +67,7 @@ pub struct End {
     pub name: &'static str,
     pub config: PathBuf,
     pub sidecar: Option<Process>,
+    gateway: Option<Process>,
     runtime: PathBuf,
     starts: u32,
 }
@@ -119,6 +124,7 @@ impl<'a> Pair<'a> {
             name,
             config: PathBuf::from("sidecar.toml"),
             sidecar: None,
+            gateway: None,
             runtime: PathBuf::from(format!("/dev/shm/watari-e2e{unique}-{name}")),
             starts: 0,
         };
@@ -128,6 +134,10 @@ impl<'a> Pair<'a> {
             let path = pair.site(index).dir.join("sidecar.toml");
             std::fs::write(&path, text)?;
             pair.ends[index].config = path;
+        }
+        if pair.options.gateways {
+            pair.start_gateway(0)?;
+            pair.start_gateway(1)?;
         }
         for disk in &pair.options.disks {
             std::fs::File::create(bed.a.dir.join(format!("{}.img", disk.name)))?.set_len(disk.bytes)?;
@@ -139,7 +149,9 @@ impl<'a> Pair<'a> {
         let (site, peer) = (self.site(index), self.site(1 - index));
         let end = &self.ends[index];
         let dir = site.dir.display();
-        let PairOptions { disks, interval, bandwidth, journal, extra, tables } = &self.options;
+        let PairOptions { disks, interval, bandwidth, journal, gateways, extra, tables } = &self.options;
+        let (listen, peer_port) =
+            if *gateways { ("127.0.0.1".to_owned(), GATEWAY_PORT) } else { (site.address.to_string(), PORT) };
         let disks: String = disks
             .iter()
             .map(|d| {
@@ -158,18 +170,35 @@ impl<'a> Pair<'a> {
             None => (site.dir.join("nbd"), String::new()),
         };
         Ok(format!(
-            "site = \"{name}\"\nfolder = \"{dir}/folder\"\nruntime_dir = \"{runtime}\"\nlisten = \"{address}:{PORT}\"\n\
+            "site = \"{name}\"\nfolder = \"{dir}/folder\"\nruntime_dir = \"{runtime}\"\nlisten = \"{listen}:{PORT}\"\n\
              interval = \"{interval}\"\nbandwidth = \"{bandwidth}\"\njournal = \"{journal}\"\n{extra}\n\
              [pair]\nid = \"{UUID}\"\nname = \"default/vm1\"\n{disks}[nbd]\ndir = \"{nbd}\"\n{hook}\
-             [peer]\naddresses = [\"{peer}:{PORT}\"]\n\
+             [peer]\naddresses = [\"{peer}:{peer_port}\"]\n\
              [tls]\nca = \"{pki}/{name}/ca.crt\"\ncertificate = \"{pki}/{name}/tls.crt\"\nkey = \"{pki}/{name}/tls.key\"\n{tables}\n",
             nbd = nbd.display(),
             name = end.name,
             runtime = end.runtime.display(),
-            address = site.address,
             peer = peer.address,
             pki = pki.display(),
         ))
+    }
+
+    fn start_gateway(&mut self, index: usize) -> anyhow::Result<()> {
+        let site = self.site(index);
+        let routes = site.dir.join("routes.json");
+        let route = format!("{UUID}.pair.watari.internal");
+        let text = serde_json::json!({"version": 1, "routes": {route: format!("127.0.0.1:{PORT}")}});
+        std::fs::write(&routes, text.to_string())?;
+        let listen = format!("{}:{GATEWAY_PORT}", site.address);
+        let arguments = ["gateway", "--listen", &listen, "--routes", &routes.display().to_string()];
+        self.ends[index].gateway = Some(site.sidecar("gateway", &arguments)?);
+        Ok(())
+    }
+
+    /// The gateway of one site ends at once and another one takes its place.
+    pub fn replace_gateway(&mut self, index: usize) -> anyhow::Result<()> {
+        drop(self.ends[index].gateway.take().context("this pair has gateways")?);
+        self.start_gateway(index)
     }
 
     pub fn site(&self, index: usize) -> &'a Site {
@@ -327,6 +356,7 @@ impl Drop for Pair<'_> {
     fn drop(&mut self) {
         for end in &mut self.ends {
             drop(end.sidecar.take());
+            drop(end.gateway.take());
             let _ = std::fs::remove_dir_all(&end.runtime);
         }
     }

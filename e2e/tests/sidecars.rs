@@ -131,3 +131,19 @@ fn a_thin_link_that_is_cut_again_and_again_converges_and_sends_little_twice() ->
     io(&pair.socket(1, "generations"), "root@latest", &["read 0 12M"])?;
     Ok(())
 }
+
+#[test]
+fn two_sites_that_see_only_each_others_gateway_pair_and_go_on_after_it_was_replaced() -> anyhow::Result<()> {
+    let bed = TestBed::new("gateway", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
+    let options = PairOptions { interval: "300ms".into(), gateways: true, ..PairOptions::default() };
+    let mut pair = Pair::new(&bed, options)?;
+    pair.start(1, "replica")?;
+    pair.start(0, "primary")?;
+    io(&pair.socket(0, "root"), "root", &["write -P 3 0 8M", "flush"])?;
+    pair.cut(0)?;
+    pair.replace_gateway(1)?;
+    io(&pair.socket(0, "root"), "root", &["write -P 4 1M 1M", "flush"])?;
+    pair.cut(0)?;
+    io(&pair.socket(1, "generations"), "root@latest", &["read -P 3 0 1M", "read -P 4 1M 1M", "read -P 3 2M 6M"])?;
+    Ok(())
+}

@@ -1,6 +1,6 @@
 //! The command line: what can be asked of `watari-sidecar`. Parsing only; `main.rs` acts.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -52,6 +52,24 @@ pub enum Command {
     Ctl(Ctl),
     /// Make certificates for pairing two plain hosts by hand.
     Pki(Pki),
+    /// Be a cluster's one address: pass connections of peers on to the sidecars of their pairs, by TLS server name.
+    Gateway(Gateway),
+}
+
+#[derive(Args, Debug, Clone)]
+pub struct Gateway {
+    /// Where peers dial in.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:7443")]
+    pub listen: SocketAddr,
+    /// The routes file (sidecar/gateway/README.md); it is taken up again whenever its content changes.
+    #[arg(long, value_name = "FILE")]
+    pub routes: PathBuf,
+    /// Serve metrics and health over HTTP here.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<SocketAddr>,
+    /// How long connections may go on after SIGTERM.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    pub drain: Duration,
 }
 
 /// `primary` and `replica`.

@@ -9,14 +9,14 @@ use std::{
 use anyhow::Context;
 use clap::Parser;
 use watari_sidecar::{
-    cli::{Cli, Command, Ctl, CtlIntent, EXIT_FAILED, EXIT_REFUSED, Pki, PkiAction, Run, Status, Target},
+    cli::{Cli, Command, Ctl, CtlIntent, EXIT_FAILED, EXIT_REFUSED, Gateway, Pki, PkiAction, Run, Status, Target},
     config::{
         Config, Overrides,
         world::{self, Start},
     },
     control::client::Client,
     engine::steering::{Intent, Settings},
-    inspect, logging, pki, status,
+    gateway, inspect, logging, pki, status,
     supervisor::{self, Worker},
     tls::Tls,
     worker,
@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         Command::Status(status) => show(status),
         Command::Ctl(ctl) => steer(ctl),
         Command::Pki(pki) => certify(pki),
+        Command::Gateway(options) => return route(options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -109,6 +110,17 @@ fn work(config: Config, run: &Run, start: Start) -> ExitCode {
     };
     match runtime.block_on(worker::run(config, start == Start::Primary, &run.worker)) {
         Ok(code) => ExitCode::from(code),
+        Err(error) => refused(&error.into()),
+    }
+}
+
+fn route(options: &Gateway) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("gateway").build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&anyhow::Error::new(error).context("cannot start the runtime")),
+    };
+    match runtime.block_on(gateway::run(options)) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => refused(&error.into()),
     }
 }

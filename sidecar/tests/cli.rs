@@ -27,7 +27,7 @@ fn said(output: &Output) -> String {
 #[test]
 fn help_explains_every_subcommand_and_hides_what_is_not_for_people() {
     let help = said(&run(&["--help"]));
-    for name in ["primary", "replica", "inspect", "status", "ctl", "pki", "Exit codes"] {
+    for name in ["primary", "replica", "inspect", "status", "ctl", "pki", "gateway", "Exit codes"] {
         assert!(help.contains(name), "{help}");
     }
     let help = said(&run(&["primary", "--help"]));

@@ -18,6 +18,7 @@ use watari_core::{
     regions::{PairId, RegionLayout, log, trust},
     replica::{Entry, Mark, journal, manifest::Manifest, undo},
 };
+use watari_gateway::{hello::HelloReader, routes::Routes};
 use watari_hook::{RewriteOptions, SyncedDisk, Vmi, disks_to_copy, lossy, rewrite};
 use watari_sidecar::config::{Config, Overrides};
 use watari_store::replica::Zstd;
@@ -48,6 +49,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "stream", feed: stream },
     Target { name: "config", feed: config },
     Target { name: "domain_xml", feed: domain_xml },
+    Target { name: "client_hello", feed: client_hello },
+    Target { name: "routes", feed: |b| drop(Routes::parse(b)) },
     Target { name: "vmi", feed: |b| drop(Vmi::parse(b)) },
 ];
 
@@ -115,6 +118,17 @@ fn stream(bytes: &[u8]) {
     let _ = ControlMessage::decode(bytes);
     if let Ok(data) = DataFrame::decode(bytes) {
         frame(&data.header);
+    }
+}
+
+/// In pieces, as a network brings them.
+fn client_hello(bytes: &[u8]) {
+    let mut reader = HelloReader::default();
+    for piece in bytes.chunks(97) {
+        let piece = &piece[..piece.len().min(reader.room())];
+        if !matches!(reader.feed(piece), Ok(None)) {
+            return;
+        }
     }
 }
 

@@ -41,6 +41,19 @@ fn generation() -> Generation {
     Generation { epoch: 2, number: GenerationNumber(9) }
 }
 
+fn client_hello() -> Vec<u8> {
+    let config = rustls::ClientConfig::builder_with_provider(rustls::crypto::aws_lc_rs::default_provider().into())
+        .with_safe_default_protocol_versions()
+        .expect("the provider knows them")
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    let name = "a.pair.watari.internal".try_into().expect("a DNS name");
+    let mut bytes = Vec::new();
+    let mut client = rustls::ClientConnection::new(config.into(), name).expect("nothing can be missing");
+    client.write_tls(&mut bytes).expect("memory takes it");
+    bytes
+}
+
 fn frames() -> Vec<Vec<u8>> {
     let id = FrameId { epoch: 2, session: Session(7), sequence: Sequence(1) };
     let content = vec![5; 3 * 4096];
@@ -211,6 +224,8 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
             file!("hook/tests/fixtures/left_alone.xml"),
             file!("hook/tests/fixtures/scsi_block.xml"),
         ],
+        "client_hello" => vec![client_hello()],
+        "routes" => vec![br#"{"version":1,"routes":{"a.pair.watari.internal":"10.96.4.7:7070","b.internal":"[fd00::7]:1"}}"#.to_vec()],
         "vmi" => vec![
             br#"{"metadata":{"name":"vm1","uid":"u","annotations":{"a":"b"}},"status":{"migrationState":{"migrationUid":"m"},"volumeStatus":[{"name":"root","hotplugVolume":{}}]}}"#.to_vec(),
             b"{\"metadata\":{\"annotations\":null},\"status\":null}".to_vec(),

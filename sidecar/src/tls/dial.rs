@@ -6,7 +6,7 @@
 use std::{io, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::ServerName;
+use rustls::{AlertDescription, pki_types::ServerName};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -109,7 +109,15 @@ async fn channel_on(stream: PeerStream, options: &DialOptions) -> Result<Channel
 /// TLS said no, or the connection broke on the way.
 fn refused(address: &str, error: &(dyn std::error::Error + 'static)) -> TlsError {
     match explain(error) {
+        // A gateway's word for a Pod that is not there now; time alone may mend it.
+        Some(found) if internal_error(error) => TlsError::Unreachable { address: address.to_owned(), found },
         Some(words) => TlsError::Refused(words, address.to_owned()),
         None => TlsError::Unreachable { address: address.to_owned(), found: error.to_string() },
     }
+}
+
+fn internal_error(error: &(dyn std::error::Error + 'static)) -> bool {
+    let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    let alert = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(alert, Some(rustls::Error::AlertReceived(AlertDescription::InternalError)))
 }

@@ -230,7 +230,7 @@ pub fn words(error: &Error) -> String {
 
 /// The words for an alert of the other end that survives only as text, as rustls writes it.
 pub fn alert_in(text: &str) -> Option<String> {
-    const REFUSALS: [AlertDescription; 7] = [
+    const REFUSALS: [AlertDescription; 8] = [
         AlertDescription::BadCertificate,
         AlertDescription::UnsupportedCertificate,
         AlertDescription::CertificateExpired,
@@ -238,6 +238,7 @@ pub fn alert_in(text: &str) -> Option<String> {
         AlertDescription::UnknownCA,
         AlertDescription::CertificateRequired,
         AlertDescription::UnrecognisedName,
+        AlertDescription::InternalError,
     ];
     let found = REFUSALS.into_iter().find(|alert| Error::AlertReceived(*alert).to_string() == text);
     found.map(alert_words)
@@ -254,6 +255,9 @@ fn alert_words(alert: AlertDescription) -> String {
         AlertDescription::CertificateRequired => "because there was none; check `tls.certificate`",
         AlertDescription::UnrecognisedName => {
             return "the gateway knows no such pair (unrecognised_name): check `peer.server_name`".to_owned();
+        }
+        AlertDescription::InternalError => {
+            return "nobody answers behind the gateway now (internal_error): the peer's Pod may be starting".to_owned();
         }
         _ => return format!("the peer ended the TLS handshake with alert {alert:?}; its log says why"),
     };
