@@ -5,7 +5,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Read},
     path::Path,
 };
 
@@ -14,13 +14,13 @@ use watari_core::{
     geometry::Generation,
     record::RoleRecord,
 };
+use watari_store::whole_file;
 use watari_wire::replication as wire;
 
 use super::{clock::unix_millis, tracking::Shared};
 
 /// Its name in the metadata folder.
 pub const DIVERGENCE_NAME: &str = "divergence";
-const NEW_NAME: &str = "divergence.new";
 /// Extents per message: 10,000 of at most 20 bytes stay far below a message's limit.
 const EXTENTS_PER_MESSAGE: usize = 10_000;
 
@@ -54,12 +54,7 @@ pub fn list(shared: &Shared, record: &RoleRecord, by: u64, base: Generation) -> 
 
 /// Write it durably.
 pub fn write(folder: &Path, list: &Divergence) -> io::Result<()> {
-    let new = folder.join(NEW_NAME);
-    let mut file = File::create(&new)?;
-    file.write_all(&list.encode())?;
-    file.sync_all()?;
-    fs::rename(&new, folder.join(DIVERGENCE_NAME))?;
-    File::open(folder)?.sync_all()
+    whole_file::replace(folder, DIVERGENCE_NAME, &list.encode())
 }
 
 /// What is there; `None`: nothing.

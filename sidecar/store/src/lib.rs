@@ -8,3 +8,4 @@ pub mod maps;
 pub mod regions;
 pub mod replica;
 pub mod trust;
+pub mod whole_file;

@@ -28,7 +28,7 @@ use watari_core::geometry::{Block, DiskIndex, blocks_for};
 use watari_core::regions::{LayoutError, PairId, RegionLayout};
 use watari_core::tracker::{MapName, Maps};
 
-pub use header::{BootId, CRASHES_KEPT, Facts, HeaderMemory, MAP_VERSION, MapIdentity, MapRefused};
+pub use header::{BootId, Facts, MAP_VERSION, MapIdentity, MapRefused};
 use header::{HEADER_BYTES, HEADER_WORDS};
 use mapping::Mapping;
 

@@ -9,9 +9,9 @@
 
 mod decision;
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use rustix::fs::{Advice, fadvise};
@@ -21,11 +21,11 @@ use watari_core::regions::trust::{
 };
 use watari_core::regions::{PairId, Region, RegionLayout};
 
+use crate::whole_file;
 pub use decision::{FullCompareReason, Heard, LogFact, MapFact, Marks, StartFacts, StartState, TrustFact, decide};
 
 /// Name of the record in the metadata folder.
 pub const TRUST_NAME: &str = "trust";
-const TRUST_NAME_NEW: &str = "trust.new";
 /// Bytes read at once when a range is digested.
 const READ_BYTES: usize = 256 << 10;
 
@@ -63,14 +63,8 @@ pub fn read_record(folder: &Path, pair: PairId) -> Result<TrustRecord, TrustUnus
     Ok(format::decode(&bytes, pair)?)
 }
 
-/// Write the record whole: a new file, synced, renamed, the folder synced.
 fn write_record(folder: &Path, record: &TrustRecord) -> io::Result<()> {
-    let new = folder.join(TRUST_NAME_NEW);
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    file.write_all(&format::encode(record))?;
-    file.sync_all()?;
-    std::fs::rename(&new, folder.join(TRUST_NAME))?;
-    File::open(folder)?.sync_all()
+    whole_file::replace(folder, TRUST_NAME, &format::encode(record))
 }
 
 /// Record a start durably, before the first guest request is served: the counter is raised above the last record and

@@ -9,9 +9,7 @@ use tempfile::TempDir;
 use watari_core::geometry::{Block, DiskIndex};
 use watari_core::regions::PairId;
 use watari_core::tracker::{Admission, MapName, Maps, Tracker};
-use watari_store::maps::{
-    BootId, CRASHES_KEPT, HeaderMemory, LEAVES_MAX, MapError, MapIdentity, MapMemory, MapRefused, Opened,
-};
+use watari_store::maps::{BootId, LEAVES_MAX, MapError, MapIdentity, MapMemory, MapRefused, Opened};
 
 const GIB: u64 = 1 << 30;
 const TIB: u64 = 1 << 40;
@@ -44,8 +42,6 @@ fn marks_and_facts_are_found_again_by_the_next_worker() {
         mark(&maps, DiskIndex(disk), block);
     }
     maps.facts().set_session(77);
-    maps.facts().raise_generation(9);
-    maps.facts().raise_generation(8);
     maps.facts().set_untracked(true);
     drop(maps);
     let (maps, opened) = MapMemory::open_or_create(folder.path(), &id).expect("map");
@@ -56,7 +52,7 @@ fn marks_and_facts_are_found_again_by_the_next_worker() {
     let marks: u32 =
         (0..3).flat_map(|d| maps.bitmap(DiskIndex(d), MapName::First)).map(|w| w.load(SeqCst).count_ones()).sum();
     assert_eq!(marks, 4, "and nothing else");
-    assert_eq!((maps.facts().session(), maps.facts().generation()), (77, 9));
+    assert_eq!(maps.facts().session(), 77);
     assert!(maps.facts().untracked());
     MapMemory::remove(folder.path(), id.pair).expect("removed");
     MapMemory::remove(folder.path(), id.pair).expect("removing twice is fine");
@@ -117,29 +113,6 @@ fn a_folder_on_a_disk_is_refused_and_left_empty() {
     let made = MapMemory::create(folder.path(), &identity(&[GIB]));
     assert!(matches!(made, Err(MapError::NotMemory(_))), "the build folder is not on tmpfs");
     assert_eq!(std::fs::read_dir(folder.path()).expect("folder").count(), 0);
-}
-
-#[test]
-fn the_supervisor_counts_crashes_in_a_header_that_the_worker_made() {
-    let folder = memory_folder();
-    let id = identity(&[GIB]);
-    let path = MapMemory::path(folder.path(), id.pair);
-    assert!(matches!(HeaderMemory::open(&path, id.pair, id.boot), Err(MapRefused::Missing)));
-    let maps = MapMemory::create(folder.path(), &id).expect("map");
-    let supervisor = HeaderMemory::open(&path, id.pair, id.boot).expect("header");
-    assert_eq!(supervisor.identity(), &id);
-    for second in [10, 20, 65, 70, 75] {
-        supervisor.facts().record_crash(second * 1000);
-    }
-    assert_eq!(maps.facts().crashes_within(76_000, 60_000), 4, "the one at 10 s is older than a minute");
-    assert_eq!(maps.facts().crashes_within(60_000, 60_000), 2, "a clock that stands earlier sees no future");
-    for second in 100..200 {
-        supervisor.facts().record_crash(second * 1000);
-    }
-    assert_eq!(maps.facts().crashes_within(200_000, 60_000), CRASHES_KEPT);
-    assert_eq!(maps.facts().crashes(), 105);
-    assert!(matches!(HeaderMemory::open(&path, PairId([1; 16]), id.boot), Err(MapRefused::Pair { .. })));
-    assert!(matches!(HeaderMemory::open(&path, id.pair, BootId([0; 16])), Err(MapRefused::Boot)));
 }
 
 #[test]

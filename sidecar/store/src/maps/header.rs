@@ -2,17 +2,14 @@
 //!
 //! The part that identifies (magic to sizes) is written once, before the file gets its name, and proves itself by a
 //! CRC32. Everything after it is single words that change one at a time, so a kill between two stores leaves nothing
-//! torn. The supervisor maps this page alone.
+//! torn.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use watari_core::limits::{DISK_BYTES_MAX, DISKS_MAX};
 use watari_core::regions::PairId;
-
-use super::mapping::Mapping;
 
 /// Bytes of the identifying words, and of the page that holds all words.
 pub(super) const HEADER_WORDS: usize = 512;
@@ -20,8 +17,6 @@ pub(super) const HEADER_BYTES: usize = HEADER_WORDS * 8;
 const MAGIC: u64 = u64::from_le_bytes(*b"WATARIMM");
 /// Version of the layout. The file never outlives a boot, but a new worker may meet the file of an old one.
 pub const MAP_VERSION: u64 = 1;
-/// Crashes remembered for the supervisor: more than the five that decide.
-pub const CRASHES_KEPT: usize = 8;
 
 // Identifying words.
 const AT_MAGIC: usize = 0;
@@ -37,9 +32,6 @@ const AT_UNTRACKED: usize = 128;
 const AT_START: usize = 129;
 const AT_START_NEXT: usize = 130;
 const AT_SESSION: usize = 131;
-const AT_GENERATION: usize = 132;
-const AT_CRASH_COUNT: usize = 136;
-const AT_CRASHES: usize = 137;
 
 /// A boot of the machine: memory of another one is gone, whatever a file says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -187,69 +179,5 @@ impl Facts<'_> {
 
     pub fn set_session(&self, session: u64) {
         self.0[AT_SESSION].store(session, SeqCst);
-    }
-
-    /// The highest generation number given out. Numbers are never used twice: raise it before the cut.
-    pub fn generation(&self) -> u64 {
-        self.0[AT_GENERATION].load(SeqCst)
-    }
-
-    /// Never lowers.
-    pub fn raise_generation(&self, number: u64) {
-        self.0[AT_GENERATION].fetch_max(number, SeqCst);
-    }
-
-    /// The supervisor saw the worker end unasked, at `now_ms` of a clock that counts since boot and does not jump.
-    pub fn record_crash(&self, now_ms: u64) {
-        let n = self.0[AT_CRASH_COUNT].load(SeqCst);
-        self.0[AT_CRASHES + n as usize % CRASHES_KEPT].store(now_ms.max(1), SeqCst);
-        self.0[AT_CRASH_COUNT].store(n + 1, SeqCst);
-    }
-
-    /// Crashes within the last `window_ms`, at most [`CRASHES_KEPT`].
-    pub fn crashes_within(&self, now_ms: u64, window_ms: u64) -> usize {
-        self.0[AT_CRASHES..AT_CRASHES + CRASHES_KEPT]
-            .iter()
-            .map(|w| w.load(SeqCst))
-            .filter(|&at| at != 0 && at <= now_ms && now_ms - at < window_ms)
-            .count()
-    }
-
-    /// Crashes since the file was made.
-    pub fn crashes(&self) -> u64 {
-        self.0[AT_CRASH_COUNT].load(SeqCst)
-    }
-}
-
-/// The header of a map file alone, for the supervisor: it costs one page and no knowledge of the disks.
-pub struct HeaderMemory {
-    mapping: Mapping,
-    identity: MapIdentity,
-}
-
-impl HeaderMemory {
-    /// Map the header of an existing file of this pair and boot. `Err` also if the file cannot be opened.
-    pub fn open(path: &Path, pair: PairId, boot: BootId) -> Result<HeaderMemory, MapRefused> {
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(|_| MapRefused::Missing)?;
-        let (identity, _) = decode(&file)?;
-        if identity.pair != pair {
-            return Err(MapRefused::Pair { found: identity.pair, expected: pair });
-        }
-        if identity.boot != boot {
-            return Err(MapRefused::Boot);
-        }
-        let bytes = HEADER_BYTES.max(rustix::param::page_size());
-        // The page is allocated: the file got its name only after that.
-        let mapping = Mapping::reserve(file, bytes).map_err(|_| MapRefused::Missing)?;
-        mapping.attach(0..bytes).map_err(|_| MapRefused::Missing)?;
-        Ok(HeaderMemory { mapping, identity })
-    }
-
-    pub fn facts(&self) -> Facts<'_> {
-        Facts(self.mapping.words(0, HEADER_WORDS))
-    }
-
-    pub fn identity(&self) -> &MapIdentity {
-        &self.identity
     }
 }
