@@ -270,6 +270,19 @@ impl<'a> Pair<'a> {
         Ok(())
     }
 
+    /// The worker below the supervisor of one end, if there is one at this moment.
+    pub fn worker(&self, index: usize) -> anyhow::Result<Option<i32>> {
+        let supervisor = self.ends[index].sidecar.as_ref().context("no sidecar was started at this end")?.pid();
+        let children = std::fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))?;
+        Ok(children.split_whitespace().next().map(str::parse).transpose()?)
+    }
+
+    /// `kill -9` of the worker; `false`: there was none at this moment.
+    pub fn kill_worker(&self, index: usize) -> anyhow::Result<bool> {
+        // The supervisor is ours and alive, so its child's number cannot have been given to somebody else.
+        Ok(self.worker(index)?.is_some_and(|pid| unsafe { libc::kill(pid, libc::SIGKILL) } == 0))
+    }
+
     /// `watari-sidecar ctl …`; its words, or why it was declined.
     pub fn ctl(&self, index: usize, arguments: &[&str]) -> anyhow::Result<String> {
         let output = Command::new(build::binary("watari-sidecar", "watari-sidecar")?)

@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{bail, ensure};
 
 use crate::{
     guest::Control,
@@ -78,17 +78,6 @@ fn start_pair(bed: &TestBed, options: PairOptions) -> anyhow::Result<Pair<'_>> {
     pair.start(1, "replica")?;
     pair.start(0, "primary")?;
     Ok(pair)
-}
-
-/// The worker below a supervisor.
-fn worker_of(supervisor: u32) -> Option<i32> {
-    let children = std::fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).ok()?;
-    children.split_whitespace().next()?.parse().ok()
-}
-
-fn kill_worker(supervisor: u32) -> bool {
-    // The supervisor is ours and alive, so its child's number cannot have been given to somebody else.
-    worker_of(supervisor).is_some_and(|pid| unsafe { libc::kill(pid, libc::SIGKILL) } == 0)
 }
 
 /// Byte for byte, as `cmp` does it.
@@ -185,9 +174,4 @@ fn noise(path: &Path, from: u64, bytes: u64, seed: u64) -> anyhow::Result<()> {
         file.write_all_at(&chunk[..length], at)?;
     }
     Ok(())
-}
-
-/// The supervisor of one end.
-fn supervisor(pair: &Pair, end: usize) -> anyhow::Result<u32> {
-    Ok(pair.ends[end].sidecar.as_ref().context("a sidecar runs at each end")?.pid())
 }

@@ -5,7 +5,7 @@
 //! - `gate`, `connections`, `tracking`, `preserve`, `remote`, `latency`: what a guest's request meets.
 //! - `divergence`: what a fenced side wrote alone. `generations`: what a replica keeps, read-only over NBD.
 //! - `build`: from blocks to frames. `stream`: gRPC. `convert`: core types and wire types.
-//! - `steering`: how the outside asks and looks; [`handle`] is its implementation.
+//! - `steering`: how the outside asks and looks; [`handle`] is its implementation. `settings`: what it changed, kept for the next worker.
 
 pub mod brain;
 pub mod build;
@@ -23,6 +23,7 @@ pub mod hooking;
 pub mod latency;
 pub mod preserve;
 pub mod remote;
+pub mod settings;
 pub mod source;
 pub mod start;
 pub mod steering;

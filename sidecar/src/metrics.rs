@@ -179,6 +179,11 @@ fn site(families: &mut Families, report: &Report) -> fmt::Result {
     families.gauges("watari_trust", "How far dirty marks are trusted now; always 1", vec![(trust, 1.0)])?;
     families.gauge("watari_epoch", "Counter of the epoch this side is in", report.epoch as f64)?;
     families.gauge("watari_epoch_floor", "Lower epochs are refused", report.floor as f64)?;
+    families.gauge(
+        "watari_logged_bytes",
+        "Bytes in regions that would be compared with the peer after the loss of this node",
+        report.logged_bytes as f64,
+    )?;
     families.counter("watari_worker_restarts", "Workers that crashed and were replaced", report.worker_restarts)?;
     // One sample a type: a type that is reported twice would be a duplicate series.
     let mut seen = BTreeSet::new();

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use super::{replica_is_equal, start_pair, supervisor, worker_of};
+use super::{replica_is_equal, start_pair};
 use crate::{
     pair::{DiskSpec, Pair, PairOptions},
     process::Process,
@@ -123,7 +123,7 @@ fn latency(out: &Path) -> anyhow::Result<Latency> {
 
 /// Resident memory of the first end's worker, bytes.
 fn resident(pair: &Pair) -> anyhow::Result<u64> {
-    let worker = worker_of(supervisor(pair, 0)?).context("a worker runs")?;
+    let worker = pair.worker(0)?.context("a worker runs")?;
     let status = std::fs::read_to_string(format!("/proc/{worker}/status"))?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("VmRSS")?;
     Ok(line.split_whitespace().next().context("a number")?.parse::<u64>()? << 10)

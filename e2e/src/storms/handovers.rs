@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
-use super::{Dice, Tally, kill_worker, replica_is_equal, start_pair, supervisor};
+use super::{Dice, Tally, replica_is_equal, start_pair};
 use crate::{
     nbd::qemu_io,
     pair::{Pair, PairOptions},
@@ -45,10 +45,10 @@ pub fn handovers(rounds: u32, seed: u64) -> anyhow::Result<Tally> {
                 tally.cuts_of_the_link += 1;
             }
             1 => {
-                tally.replicas += u32::from(kill_worker(supervisor(&pair, to)?));
+                tally.replicas += u32::from(pair.kill_worker(to)?);
             }
             _ => {
-                tally.source_workers += u32::from(kill_worker(supervisor(&pair, from)?));
+                tally.source_workers += u32::from(pair.kill_worker(from)?);
             }
         }
         // A target that was killed has forgotten that it asked; the operator asks again while it is not active.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::{BOOT, Dice, Tally, compare, finish, kill_worker, start_pair, supervisor};
+use super::{BOOT, Dice, Tally, compare, finish, start_pair};
 use crate::{
     pair::PairOptions,
     qemu::{Machine, Qemu, Start},
@@ -39,7 +39,7 @@ pub fn kills(kills: u32, seed: u64, every: u32) -> anyhow::Result<Tally> {
             }
             pair.start(end, role).with_context(|| format!("kill {n}, seed {seed}"))?;
             tally.source_supervisors += u32::from(end == 0);
-        } else if kill_worker(supervisor(&pair, end)?) {
+        } else if pair.kill_worker(end)? {
             worker_kills[end] += 1;
             tally.source_workers += u32::from(end == 0);
         }

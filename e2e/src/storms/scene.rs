@@ -13,9 +13,8 @@ use serde_json::json;
 use watari_wire::report::Report;
 
 use super::{
-    ANSWER, BOOT, Dice, compare, kill_worker,
+    ANSWER, BOOT, Dice, compare,
     matrix::{Fault, Step},
-    supervisor,
     watch::{Watch, writes},
 };
 use crate::{
@@ -256,8 +255,8 @@ impl<'a> Scene<'a> {
         }
         let (from, to) = (self.at, 1 - self.at);
         match fault {
-            Fault::SourceWorker => ensure!(kill_worker(supervisor(&self.pair, from)?), "there was no worker"),
-            Fault::TargetWorker => ensure!(kill_worker(supervisor(&self.pair, to)?), "there was no worker"),
+            Fault::SourceWorker => ensure!(self.pair.kill_worker(from)?, "there was no worker"),
+            Fault::TargetWorker => ensure!(self.pair.kill_worker(to)?, "there was no worker"),
             Fault::SourceSupervisor | Fault::TargetSupervisor => {
                 let end = if fault == Fault::SourceSupervisor { from } else { to };
                 if let Some(mut process) = self.pair.ends[end].sidecar.take() {

@@ -87,9 +87,15 @@ impl Site {
         self.asked.is_some()
     }
 
-    /// The handover a QEMU may attach for, here and now (target side).
+    /// A handover is open and its source within reach: the time to start a target's QEMU.
     pub fn attachable(&self) -> bool {
-        self.linked && matches!(self.record.role, Role::Replica) && self.offered.is_some()
+        self.linked && self.offered()
+    }
+
+    /// A QEMU may attach (target side). A source that is out of reach for the moment does not end what it opened: reads
+    /// wait for it, as they do when the link breaks after the attach. Should it have moved on, the next contact says so.
+    pub fn offered(&self) -> bool {
+        matches!(self.record.role, Role::Replica) && self.offered.is_some()
     }
 
     /// The gate that belongs to the state right after a start.
@@ -112,6 +118,9 @@ impl Site {
             }
             Role::Promoting { generation } => vec![Action::Gate(Gate::Hold), Action::RollTo(generation)],
             Role::Fenced { .. } => vec![Action::Gate(Gate::Dead), Action::Report(Condition::Fenced)],
+            Role::Serving if self.record.unfenced => {
+                vec![Action::Gate(Gate::Serve), Action::Report(Condition::Unfenced)]
+            }
             Role::Serving | Role::Replica | Role::Voided { .. } => vec![Action::Gate(self.gate())],
         }
     }

@@ -813,3 +813,30 @@ fn a_handover_that_is_over_is_not_voided_again() {
     assert!(refuses(&s.apply(Event::WantWrite { nonce: NONCE })));
     assert_eq!(s.record().role, Role::Replica);
 }
+
+#[test]
+fn an_offer_outlives_the_link_and_a_vm_that_attaches_meanwhile_is_told_at_the_next_contact() {
+    // Lost without it: a migration whose target connected in the moment of a cut failed, refused.
+    let mut s = offered();
+    s.apply(Event::Parted);
+    assert!(s.offered() && !s.attachable(), "nobody starts a migration now; one under way may attach");
+    s.apply(Event::GuestAttached);
+    s.apply(Event::WantWrite { nonce: NONCE });
+    let actions = received(&mut s, Message::Open { handover: H, epoch: epoch(1) });
+    let acquire = Message::Acquire { handover: H, nonce: NONCE, session: SESSION };
+    assert_eq!(sends(&actions), vec![Message::Attached { handover: H }, acquire]);
+}
+
+#[test]
+fn a_promotion_without_consent_is_shown_until_the_other_side_is_seen_to_have_stopped() {
+    let mut s = site(Role::Promoting { generation: G }, 1);
+    s.apply(Event::Rolled { activation: act(9) });
+    let counter = s.record().epoch.counter;
+    let mut restarted = Site::new(s.record().clone(), SESSION + 1);
+    assert!(restarted.resume().contains(&Action::Report(Condition::Unfenced)));
+    met(&mut restarted, peer(PeerRole::Active { handover: None }, 1));
+    assert!(restarted.record().unfenced, "it may still be running there");
+    let actions = met(&mut restarted, peer(PeerRole::Fenced, 1));
+    assert!(!restarted.record().unfenced && restarted.record().epoch.counter == counter);
+    assert_eq!(actions, vec![Action::Persist(restarted.record().clone())]);
+}

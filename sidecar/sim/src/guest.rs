@@ -262,7 +262,7 @@ impl Process {
         }
         let nonce = ctx.id();
         // A request that was on its way when the right arrived asks for nothing any more.
-        if self.site.attachable() {
+        if self.site.offered() {
             self.apply(ctx, Event::WantWrite { nonce });
         }
         true

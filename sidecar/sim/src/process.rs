@@ -65,7 +65,7 @@ pub struct Process {
     pub frames: VecDeque<OutFrame>,
     pub gate: Gate,
     apply_goal: Option<Generation>,
-    pub attachable: bool,
+    pub offered: bool,
     pub source_left: bool,
     /// A request for the right to write is on its way to the role.
     pub wants_write: bool,
@@ -110,7 +110,7 @@ impl Process {
             frames: VecDeque::new(),
             gate,
             apply_goal: None,
-            attachable: false,
+            offered: false,
             source_left: false,
             wants_write: false,
             requests: Vec::new(),
@@ -208,7 +208,7 @@ impl Process {
                 Action::Report(condition) => ctx.cov.hit(format!("condition {condition:?}")),
             }
         }
-        self.attachable = self.site.attachable();
+        self.offered = self.site.offered();
     }
 
     /// A higher epoch is durable here: frames of a lower one are neither sent nor taken from now on (I6).

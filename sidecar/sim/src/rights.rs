@@ -277,7 +277,7 @@ impl State {
                 }
             }
             Role::Replica | Role::Voided { .. } => {
-                if life.site.attachable() {
+                if life.site.offered() {
                     out.extend([Move::Attach(s), Move::WantWrite(s)]);
                 }
                 out.push(Move::Void(s));

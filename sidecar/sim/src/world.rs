@@ -226,7 +226,7 @@ impl World {
         match p.gate {
             // An incoming QEMU may be served only by the activation of its own handover; see `Qemu::incoming`.
             Gate::Serve | Gate::Hold if !q.incoming => {}
-            Gate::Remote if q.incoming && p.attachable => {}
+            Gate::Remote if q.incoming && p.offered => {}
             Gate::Serve | Gate::Hold | Gate::Remote | Gate::Dead => return false,
         }
         q.connected = true;

@@ -44,6 +44,7 @@ use super::{
     gate::GateDisk,
     generations::Generations,
     remote::RemoteReads,
+    settings::Settings,
     source::{Asked, Begin, Source},
     steering::{Declined, Outcome},
     stream::{DataPool, Post, message},
@@ -79,7 +80,9 @@ const DRAIN_WAIT: Duration = Duration::from_secs(30);
 /// Flags that the guest's threads read.
 #[derive(Default)]
 pub struct Signals {
-    /// A QEMU may attach here although this side does not serve.
+    /// A QEMU may attach here although this side does not serve ([`Site::offered`]).
+    pub offered: AtomicBool,
+    /// The same, and the source is within reach ([`Site::attachable`]).
     pub attachable: AtomicBool,
     /// The source's QEMU has left.
     pub source_left: AtomicBool,
@@ -151,6 +154,8 @@ pub struct Brain {
     /// Set when the thread shall end, with the exit code.
     exit: Option<i32>,
     limits: Limits,
+    /// What was set while running, by this worker or those before it.
+    settings: Settings,
     next_report: Instant,
     next_beat: Instant,
     reconnects: u64,
@@ -181,6 +186,7 @@ impl Brain {
             paused: false,
         };
         Brain {
+            settings: parts.settings.clone(),
             parts,
             source: None,
             target: None,
@@ -218,6 +224,7 @@ impl Brain {
 
     /// Run until the end; returns the exit code.
     pub fn run(mut self) -> i32 {
+        self.configure(&self.settings.clone());
         self.take_up();
         loop {
             let mut handled = 0;
@@ -269,7 +276,7 @@ impl Brain {
             Event::GuestWantsWrite => {
                 self.parts.signals.wants_write.store(false, SeqCst);
                 // A request that was on its way when the right arrived asks for nothing any more.
-                if self.parts.site.attachable() {
+                if self.parts.site.offered() {
                     self.apply(handover::Event::WantWrite { nonce: random_id() });
                 }
             }
@@ -320,7 +327,7 @@ impl Brain {
         for action in actions {
             match action {
                 Action::Persist(record) => {
-                    if let Role::Fenced { by } = record.role {
+                    if let (Role::Fenced { by }, None) = (&record.role, &self.divergence) {
                         self.list_divergence(&record, by.counter);
                     }
                     if let Err(error) = self.parts.slot.write(&mut self.parts.meta, &record.encode()) {
@@ -383,6 +390,7 @@ impl Brain {
                 Action::Report(condition) => self.conditions.handover(condition),
             }
         }
+        self.parts.signals.offered.store(self.parts.site.offered(), SeqCst);
         self.parts.signals.attachable.store(self.parts.site.attachable(), SeqCst);
     }
 
@@ -537,6 +545,7 @@ impl Brain {
             self.choose_level();
             self.slow_down();
             self.leave_untracked(now);
+            self.forget_cold_regions(now);
             self.verify();
         }
         if now >= self.next_report {

@@ -21,7 +21,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// A QEMU may attach here although this side does not serve.
+    /// A target's QEMU may be started: a handover is open and its source within reach.
     pub fn attachable(&self) -> bool {
         self.signals.attachable.load(std::sync::atomic::Ordering::SeqCst)
     }

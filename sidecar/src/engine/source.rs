@@ -8,6 +8,7 @@ use std::{
     collections::HashMap,
     sync::{Arc, atomic::Ordering::SeqCst},
     thread,
+    time::{Duration, Instant},
 };
 
 use watari_core::{
@@ -48,6 +49,8 @@ const ENTRIES_PER_PART: usize = 5000;
 const RESERVE_BYTES_MIN: u64 = 256 << 20;
 /// Time between two looks for overtaken frames, milliseconds: each walks over all books.
 const SUPERSEDE_MILLIS: u64 = 2000;
+/// Time between two looks for regions that nobody writes to any more, while nothing is committed.
+const SWEEP_PAUSE: Duration = Duration::from_secs(30);
 
 /// Why a first or full synchronisation is needed, in words for people (I9).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,6 +98,8 @@ pub struct Source {
     /// What the target can still take, as it said last.
     peer_room: Option<PeerRoom>,
     pub verification: Verification,
+    /// When the region log was last looked through; `None` before the first commit of this worker.
+    swept: Option<Instant>,
 }
 
 /// What the source begins from.
@@ -148,6 +153,7 @@ impl Source {
             peer_full: String::new(),
             peer_room: None,
             verification: Verification::default(),
+            swept: None,
         }
     }
 
@@ -374,6 +380,23 @@ impl Source {
         if self.compare.is_empty() {
             self.full_compare = None;
         }
+        self.swept = Some(Instant::now());
+        self.sweep();
+    }
+
+    /// The same without a commit, for a guest that stopped writing. Not before a first commit of this worker: a start may
+    /// have regions in the log that no mark speaks of yet.
+    pub fn forget_cold_regions(&mut self, now: Instant) {
+        let due = self.swept.is_some_and(|swept| now.duration_since(swept) >= SWEEP_PAUSE);
+        if due && !self.shared.untracked() && matches!(self.primary.phase(), Phase::Idle) {
+            self.swept = Some(now);
+            self.sweep();
+        }
+    }
+
+    /// Forget regions without a mark that nobody wrote to since the last look. A mark goes only after an fdatasync that
+    /// followed its commit, so that where none is left everything is durable (I5).
+    fn sweep(&self) {
         let tracker = &self.shared.tracker;
         let (cold, _) = self.shared.regions.sweep();
         if !cold.is_empty() {

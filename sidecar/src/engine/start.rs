@@ -44,6 +44,7 @@ use super::{
     handle::Handle,
     preserve::PreserveStore,
     remote::RemoteReads,
+    settings::Settings,
     stream::{self, Dialer, Post},
     tracking::{Shared, Tracking},
 };
@@ -93,7 +94,7 @@ struct Reporter {
 impl GuestEvents for Reporter {
     fn may_attach(&self) -> Result<(), String> {
         use std::sync::atomic::Ordering::SeqCst;
-        if self.signals.attachable.load(SeqCst) {
+        if self.signals.offered.load(SeqCst) {
             return Ok(());
         }
         Err("this side holds a replica and no handover is open: open one at the source (`watari-sidecar ctl open-handover`), or promote this side".into())
@@ -230,6 +231,8 @@ pub async fn start(config: Arc<Config>, front_end: bool, flags: &WorkerFlags) ->
         fresh_boot: fresh,
         start_facts: facts,
         starts,
+        restarts: flags.restarts,
+        settings: Settings::read(&config.runtime_dir, flags.restarts),
     };
     // The listener first: a port in use is a refusal, not a surprise later.
     let listener = Listener::bind(config.listen, tls.clone()).await.map_err(refused)?;

@@ -4,6 +4,8 @@ use std::{future::Future, pin::Pin, time::Duration};
 
 use watari_wire::report::Report;
 
+pub use super::settings::Settings;
+
 /// What a person, the operator or a test wants.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Intent {
@@ -30,16 +32,6 @@ pub enum Intent {
     AcceptDivergence,
     /// Give up the folder's lock and end.
     Release,
-}
-
-/// What may change while running; `None` stays as it is.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Settings {
-    pub interval: Option<Duration>,
-    /// 0: unlimited.
-    pub bandwidth_bits_per_second: Option<u64>,
-    pub paused: Option<bool>,
-    pub slow_down: Option<bool>,
 }
 
 /// What became of an intent.

@@ -52,7 +52,8 @@ pub struct Target {
     told_full: bool,
     more_to_apply: bool,
     next_retain: Instant,
-    room: Room,
+    /// What can still be taken, as last measured.
+    pub room: Room,
     /// Why this replica is closed to changes until a restart.
     pub poisoned: Option<String>,
 }
@@ -378,14 +379,6 @@ impl Target {
     }
 
     /// Free space, as looked at from time to time.
-    pub fn set_room(&mut self, room: Room) {
-        self.room = room;
-    }
-
-    pub fn room_now(&self) -> Room {
-        self.room
-    }
-
     pub fn state(&self) -> Body {
         let report = self.store.lock().report();
         Body::TargetState(TargetState {

@@ -31,6 +31,8 @@ pub struct Report {
     pub verification: Option<VerificationReport>,
     /// How marks are trusted: Tracked, Untracked, Comparing, PassThrough.
     pub trust: String,
+    /// Bytes in regions that the region log names: compared with the peer should this node be lost. 0 while not the source.
+    pub logged_bytes: u64,
     pub conditions: Vec<Condition>,
     /// Worker restarts since the supervisor started.
     pub worker_restarts: u64,

@@ -40,8 +40,9 @@ impl Site {
                 if theirs.counter == mine.counter && theirs.activation != mine.activation {
                     return diverged();
                 }
+                let mut actions = self.peer_stopped(&peer);
                 // It voided a handover that we had already left: it needs to hear where we are.
-                match peer.role {
+                actions.extend(match peer.role {
                     PeerRole::Voided { handover } => self.voided_by(handover, peer.floor, activation),
                     PeerRole::Sealed { handover } | PeerRole::Active { handover: Some(handover) } => {
                         let generation = self.record.base;
@@ -51,7 +52,8 @@ impl Site {
                     | PeerRole::Replica
                     | PeerRole::Fenced
                     | PeerRole::Released { .. } => Vec::new(),
-                }
+                });
+                actions
             }
             Role::Replica | Role::Voided { .. } => {
                 if theirs.counter == mine.counter && mine.counter > 0 && theirs.activation != mine.activation {
@@ -71,6 +73,21 @@ impl Site {
             }
             Role::Promoting { .. } | Role::Released { .. } | Role::Fenced { .. } => Vec::new(),
         }
+    }
+}
+
+impl Site {
+    /// Promoted alone, and now the other side is seen to serve nobody any more: the warning has served.
+    fn peer_stopped(&mut self, peer: &Peer) -> Vec<Action> {
+        let stopped = match peer.role {
+            PeerRole::Replica | PeerRole::Voided { .. } | PeerRole::Fenced | PeerRole::Released { .. } => true,
+            PeerRole::Active { .. } | PeerRole::Sealed { .. } => false,
+        };
+        if !(self.record.unfenced && stopped) {
+            return Vec::new();
+        }
+        self.record.unfenced = false;
+        vec![Action::Persist(self.record.clone())]
     }
 }
 

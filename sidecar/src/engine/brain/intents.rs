@@ -20,6 +20,8 @@ impl Brain {
         match intent {
             Intent::Cut { wait } => self.cut(wait, answer),
             Intent::Configure(settings) => {
+                self.settings.update(&settings);
+                self.settings.keep(&self.parts.config.runtime_dir);
                 let _ = answer.send(Ok(Outcome::Done(self.configure(&settings))));
             }
             Intent::OpenHandover { vmi_uid } => self.open_handover(&vmi_uid, answer),
@@ -75,7 +77,7 @@ impl Brain {
         self.cuts.push(CutWaiter { answer, deadline: Instant::now() + wait, number: None, after });
     }
 
-    fn configure(&mut self, settings: &Settings) -> String {
+    pub(super) fn configure(&mut self, settings: &Settings) -> String {
         let Settings { interval, bandwidth_bits_per_second, paused, slow_down } = settings;
         if let Some(interval) = interval {
             self.limits.interval_millis = interval.as_millis() as u64;

@@ -229,15 +229,12 @@ impl Brain {
         reply.heard = self.heard.as_ref().filter(|(site, _)| *site == hello.site).map(|(_, witness)| *witness);
         self.dialler_site = hello.site.clone();
         self.frames.clear();
-        if let Some(target) = &mut self.target {
-            target.set_room(self.parts.replica.room());
-        }
         if let Some(link) = &self.link {
             let _ = link.control.send(message(Body::Hello(reply)));
-            // Known from the first moment on: a handover may be opened in the next.
-            if let Some(target) = &self.target {
-                let _ = link.control.send(message(target.state()));
-            }
+        }
+        // Known from the first moment on: a handover may be opened in the next.
+        self.tell_room();
+        if let Some(link) = &self.link {
             for part in self.divergence.iter().flat_map(|list| divergence::messages(list, self.parts.disks.len())) {
                 let _ = link.control.send(message(Body::Divergence(part)));
             }
@@ -389,11 +386,9 @@ impl Brain {
         let _ = link.control.send(message(Body::ReadReply(reply)));
     }
 
-    /// Once a second: a heartbeat, and a target's state.
+    /// Once a second: a target's state, and a heartbeat.
     pub(super) fn beat(&mut self) {
-        if let Some(target) = &mut self.target {
-            target.set_room(self.parts.replica.room());
-        }
+        self.tell_room();
         let Some(link) = &self.link else { return };
         let witness = self.source.is_some().then(|| {
             let log = self.parts.shared.regions.report();
@@ -402,7 +397,13 @@ impl Brain {
         });
         let beat = Heartbeat { id: 0, reply: false, unix_millis: unix_millis(), witness };
         let _ = link.control.send(message(Body::Heartbeat(beat)));
-        if let Some(target) = &self.target {
+    }
+
+    /// A target's room, measured now, and its state to the source.
+    fn tell_room(&mut self) {
+        let Some(target) = &mut self.target else { return };
+        target.room = self.parts.replica.room();
+        if let Some(link) = &self.link {
             let _ = link.control.send(message(target.state()));
         }
     }

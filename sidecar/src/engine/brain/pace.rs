@@ -71,6 +71,9 @@ impl Brain {
         if self.scheduled != Some(limit) {
             if self.scheduled.is_some() {
                 self.parts.throttle.set_limit(limit);
+                if self.settings.bandwidth_bits_per_second.take().is_some() {
+                    self.settings.keep(&self.parts.config.runtime_dir);
+                }
             }
             self.scheduled = Some(limit);
         }
@@ -144,6 +147,13 @@ impl Brain {
         self.lag_before = lag;
         if next != now {
             slow.store(next, SeqCst);
+        }
+    }
+
+    /// A guest that stopped writing makes no commits, after which regions leave the log: look from time to time.
+    pub(super) fn forget_cold_regions(&mut self, now: Instant) {
+        if let Some(source) = self.source.as_mut() {
+            source.forget_cold_regions(now);
         }
     }
 

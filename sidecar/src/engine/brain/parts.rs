@@ -24,6 +24,10 @@ pub struct Parts {
     pub dial: watch::Sender<bool>,
     pub throttle: Arc<Throttle>,
     pub report: Arc<Mutex<Report>>,
+    /// Workers of this supervisor that crashed before this one.
+    pub restarts: u64,
+    /// What a former worker of this supervisor was told.
+    pub settings: Settings,
     /// What a start as source must do before the marks can be believed.
     pub baseline: Baseline,
     /// Nothing shows that a guest was served a moment ago (a worker that restarts under its QEMU): the peer is asked first

@@ -2,7 +2,7 @@
 
 use std::sync::PoisonError;
 
-use watari_core::{geometry::BLOCK_BYTES, primary::Phase, tracker::MapName};
+use watari_core::{geometry::BLOCK_BYTES, primary::Phase, regions::REGION_BYTES, tracker::MapName};
 use watari_wire::report::{
     DiskReport, DivergenceReport, GenerationsReport, LinkReport, ReplicaReport, Report, TransferReport,
     VerificationReport,
@@ -18,7 +18,7 @@ impl Brain {
         self.follow_conditions();
         let record = self.parts.site.record();
         let role = match record.role.name() {
-            "Replica" if self.parts.site.attachable() && self.parts.connections.count() > 0 => "Attached",
+            "Replica" if self.parts.site.offered() && self.parts.connections.count() > 0 => "Attached",
             name => name,
         };
         let report = Report {
@@ -42,8 +42,9 @@ impl Brain {
             }),
             verification: self.verification_report(),
             trust: self.trust().to_owned(),
+            logged_bytes: self.logged_bytes(),
             conditions: self.conditions.list(),
-            worker_restarts: self.parts.shared.tracker.maps().facts().crashes(),
+            worker_restarts: self.parts.restarts,
             now_unix_millis: unix_millis(),
         };
         *self.parts.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
@@ -61,6 +62,10 @@ impl Brain {
         } else {
             "Tracked"
         }
+    }
+
+    fn logged_bytes(&self) -> u64 {
+        self.source.as_ref().map_or(0, |_| self.parts.shared.regions.report().logged as u64 * REGION_BYTES)
     }
 
     fn disk_reports(&self) -> Vec<DiskReport> {
@@ -173,7 +178,7 @@ impl Brain {
             kept: target.store.lock().kept().iter().map(|m| name(m.generation)).collect(),
             journal_bytes: store.journal_bytes,
             journal_limit_bytes: self.parts.config.journal_bytes,
-            free_bytes: target.room_now().folder_bytes,
+            free_bytes: target.room.folder_bytes,
             undo_bytes: store.undo_bytes,
             state: state.to_owned(),
         })
@@ -244,6 +249,9 @@ impl Brain {
         };
         let next = "check the metadata folder; a restart of the sidecar compares everything with the peer";
         self.conditions.follow("TrackingLost", untracked.then(|| (reason, text.to_owned(), next)));
+        if !self.parts.site.record().unfenced {
+            self.conditions.clear("Unfenced");
+        }
         if !self.parts.site.waiting_for_grant() {
             self.conditions.clear("WaitingForGrant");
         }
