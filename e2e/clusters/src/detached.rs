@@ -29,10 +29,11 @@ pub struct Detached {
 }
 
 impl Detached {
-    /// The process that has this id now.
+    /// The process that has this id now. One whose first thread has ended still holds its ports while others of its threads end.
     pub fn find(pid: u32) -> Option<Detached> {
-        let (state, started) = stat(pid)?;
-        (state != 'Z' && state != 'X').then_some(Detached { pid, started })
+        let Stat { state, threads, started } = stat(pid)?;
+        let ended = state == 'X' || state == 'Z' && threads <= 1;
+        (!ended).then_some(Detached { pid, started })
     }
 
     /// As recorded, whether or not it still runs.
@@ -63,13 +64,20 @@ impl Detached {
     }
 }
 
-/// State and start of a process.
-fn stat(pid: u32) -> Option<(char, u64)> {
+/// What `/proc/PID/stat` says (proc_pid_stat(5)): fields 3, 20 and 22.
+struct Stat {
+    state: char,
+    threads: u32,
+    /// Clock ticks after boot.
+    started: u64,
+}
+
+fn stat(pid: u32) -> Option<Stat> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name, in brackets, may hold anything.
     let mut fields = text.rsplit_once(')')?.1.split_whitespace();
     let state = fields.next()?.chars().next()?;
-    Some((state, fields.nth(18)?.parse().ok()?))
+    Some(Stat { state, threads: fields.nth(16)?.parse().ok()?, started: fields.nth(1)?.parse().ok()? })
 }
 
 /// Where a detached process lives.

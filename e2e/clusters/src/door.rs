@@ -1,7 +1,7 @@
 //! A door from this machine's loopback into a cluster: TCP connections to a local port come out at the API server.
 //!
-//! The listener is opened outside; the thread that accepts then moves into the cluster's network, where it connects. So kubectl, Helm and
-//! tests need no route and no namespace of their own, and nothing is added to the machine's network.
+//! Each connection enters the cluster's network for itself, by name. So kubectl, Helm and tests need no route and no namespace of their
+//! own, nothing is added to the machine's network, and a door outlives its cluster: a new one of the same name is behind it again.
 
 use std::io;
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -28,21 +28,17 @@ pub fn open(port: u16, netns_path: &Path, to: SocketAddr) -> Result<JoinHandle<(
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|source| Error::Port { port, source })?;
     let netns_path = netns_path.to_owned();
     Ok(std::thread::spawn(move || {
-        let result = netns::enter(&netns_path, || {
-            for client in listener.incoming().flatten() {
-                // Threads inherit the namespace.
-                std::thread::spawn(move || pass(&client, to));
-            }
-        });
-        if let Err(error) = result {
-            tracing::error!(%port, %error, "door closed");
+        for client in listener.incoming().flatten() {
+            let netns_path = netns_path.clone();
+            std::thread::spawn(move || pass(&client, &netns_path, to));
         }
     }))
 }
 
 /// Carries bytes both ways until either side is done.
-fn pass(client: &TcpStream, to: SocketAddr) {
-    let Ok(server) = TcpStream::connect_timeout(&to, CONNECT_PATIENCE) else {
+fn pass(client: &TcpStream, netns_path: &Path, to: SocketAddr) {
+    // A socket stays in the network in which it was made.
+    let Ok(Ok(server)) = netns::enter(netns_path, || TcpStream::connect_timeout(&to, CONNECT_PATIENCE)) else {
         // Closing tells the client as much as we know.
         return;
     };

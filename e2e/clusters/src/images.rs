@@ -4,6 +4,7 @@
 //! An archive is the same, byte for byte, whenever its files are; a node imports one only if it does not have it yet. Archives from
 //! elsewhere that lie in the folder are imported as well (KubeVirt's own, for one).
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -160,39 +161,50 @@ pub fn ensure_sidecar(folders: &Folders) -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives every archive to every node that runs. Answers how many imports there were.
+/// Gives every archive of ours to every node. Answers how many imports there were.
 pub fn import(folders: &Folders, plan: &Plan) -> Result<usize, Error> {
+    import_from(folders, &folders.images(), plan.nodes())
+}
+
+/// Gives the archives (`*.tar`) in a folder to these nodes, all at the same time, unless they have them.
+pub fn import_from(folders: &Folders, from: &Path, nodes: impl Iterator<Item = NodePlan>) -> Result<usize, Error> {
+    let archives = &archives(from)?;
     std::thread::scope(|scope| {
-        let jobs: Vec<_> = plan.nodes().map(|node| scope.spawn(move || import_into(folders, &node))).collect();
+        let jobs: Vec<_> = nodes.map(|node| scope.spawn(move || import_into(folders, archives, &node))).collect();
         jobs.into_iter().map(|job| job.join().expect("an import returns its errors")).sum()
     })
 }
 
-fn import_into(folders: &Folders, node: &NodePlan) -> Result<usize, Error> {
-    let images = folders.images();
-    let mut archives: Vec<PathBuf> = std::fs::read_dir(&images)
-        .map_err(folders::at(&images))?
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "tar"))
-        .collect();
+fn archives(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let entries = std::fs::read_dir(folder).map_err(folders::at(folder))?.flatten().map(|entry| entry.path());
+    let mut archives: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|end| end == "tar")).collect();
     archives.sort();
+    Ok(archives)
+}
+
+fn import_into(folders: &Folders, archives: &[PathBuf], node: &NodePlan) -> Result<usize, Error> {
     let mut imported = 0;
     node::await_runtime(folders, node)?;
     for archive in archives {
         let name = archive.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let stamp = folders.node(node).join("imported").join(name);
-        let version = version(&archive).map_err(folders::at(&archive))?;
+        let version = version(archive).map_err(folders::at(archive))?;
         if std::fs::read_to_string(&stamp).is_ok_and(|known| known == version) {
             continue;
         }
         // A node's view of the machine may lack the folder; its own root sees the archive through a descriptor.
-        let file = std::fs::File::open(&archive).map_err(folders::at(&archive))?;
+        let file = std::fs::File::open(archive).map_err(folders::at(archive))?;
         tool(node::command(folders, node, "ctr")?.args(["-n", "k8s.io", "images", "import", "-"]).stdin(file))?;
         folders::write(&stamp, version.as_bytes())?;
         imported += 1;
     }
     Ok(imported)
+}
+
+/// Names of the images that a node has.
+pub fn names(folders: &Folders, node: &NodePlan) -> Result<BTreeSet<String>, Error> {
+    let listed = tool(node::command(folders, node, "ctr")?.args(["-n", "k8s.io", "images", "ls", "-q"]))?;
+    Ok(listed.lines().map(str::to_owned).collect())
 }
 
 fn version(archive: &Path) -> io::Result<String> {

@@ -20,12 +20,13 @@
 //! | [`programs`], [`images`], [`pki`] | what clusters are made of |
 //! | [`network`], [`cgroups`], [`node`], [`detached`] | machines made of namespaces |
 //! | [`keeper`], [`door`], [`provision`], [`volumes`] | what they need from outside: WAN, a way in, storage |
-//! | [`up`] | the order of things |
+//! | [`up`], [`down`] | the order of things |
 //! | [`handle`] | a cluster as tests see it |
 
 pub mod cgroups;
 pub mod detached;
 pub mod door;
+pub mod down;
 pub mod folders;
 pub mod handle;
 pub mod images;

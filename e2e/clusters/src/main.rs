@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use watari_clusters::folders::Folders;
 use watari_clusters::plan::Plan;
-use watari_clusters::{keeper, node, programs, up};
+use watari_clusters::{down, keeper, node, programs, up};
 
 #[derive(Parser)]
 #[command(about = "Real Kubernetes clusters on this machine, with an emulated WAN between them")]
@@ -28,8 +28,8 @@ enum What {
         /// Of the WAN, both ways: rate=100M delay=85ms jitter=2ms loss=0.1% queue=256K (default 100 Mbit/s, 170 ms there and back).
         settings: Vec<String>,
     },
-    /// Take everything away but programs and images.
-    Down,
+    /// Take everything away but programs and images; with names, only those clusters: `down c d`.
+    Down { clusters: Vec<String> },
     /// Build the cluster's programs, nothing else.
     Build,
     /// Pack the sidecar of the work tree into an image and give it to the nodes.
@@ -84,8 +84,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let plan = || folders.read_plan()?.context("no clusters are up; `make clusters` brings them up");
     match arguments.command {
         What::Up { clusters, nodes, settings } => {
-            let plan = Plan::new(clusters, nodes)?;
-            up::up(&folders, &plan, &settings)?;
+            let plan = up::up(&folders, Plan::new(clusters, nodes)?, &settings)?;
             for cluster in &plan.clusters {
                 println!("cluster {}: export KUBECONFIG={}", cluster.name(), folders.kubeconfig(cluster).display());
             }
@@ -95,7 +94,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
                 folders.logs().display()
             );
         }
-        What::Down => up::down(&folders)?,
+        What::Down { clusters } if clusters.is_empty() => down::all(&folders)?,
+        What::Down { clusters } => down::some(&folders, &clusters)?,
         What::Build => println!("{}", programs::ensure(&folders)?.display()),
         What::Images => eprintln!("{} imports", up::refresh_images(&folders, &plan()?)?),
         What::Status => status(&folders, &plan()?)?,
@@ -111,7 +111,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             print!("{}", keeper::link(&folders, a, b, &command.join(" "))?);
         }
         What::Kill { node } => node::kill(&folders, &plan()?.node(&node)?)?,
-        What::Keep => keeper::keep(&folders, &plan()?)?,
+        What::Keep => keeper::keep(&folders)?,
     }
     Ok(())
 }

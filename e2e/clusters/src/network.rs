@@ -120,3 +120,9 @@ pub fn found() -> Vec<String> {
 pub fn remove() -> Result<(), Error> {
     found().iter().try_for_each(|name| ip(&["netns", "delete", name]))
 }
+
+/// Removes those of one cluster, as far as they are there.
+pub fn remove_cluster(cluster: &ClusterPlan) -> Result<(), Error> {
+    let ours = cluster.node_plans().map(|node| node.netns()).chain([cluster.router_netns()]);
+    ours.filter(|name| path(name).exists()).try_for_each(|name| ip(&["netns", "delete", &name]))
+}

@@ -89,12 +89,24 @@ impl Plan {
         self.clusters.iter().enumerate().flat_map(|(at, a)| self.clusters[at + 1..].iter().map(move |b| (a, b)))
     }
 
-    /// Has `self` everything that `other` has?
-    pub fn includes(&self, other: &Plan) -> bool {
-        other
-            .clusters
-            .iter()
-            .all(|theirs| self.clusters.iter().any(|ours| ours.index == theirs.index && ours.nodes >= theirs.nodes))
+    /// Everything that either of the two has: what is up stays when less is asked for.
+    pub fn union(mut self, other: &Plan) -> Plan {
+        for theirs in &other.clusters {
+            match self.clusters.iter_mut().find(|ours| ours.index == theirs.index) {
+                Some(ours) => ours.nodes = ours.nodes.max(theirs.nodes),
+                None => self.clusters.push(theirs.clone()),
+            }
+        }
+        self.clusters.sort_by_key(|cluster| cluster.index);
+        self
+    }
+
+    /// The clusters of these names (`c,d`), in the order of the plan; all of them if none is named.
+    pub fn chosen(&self, names: &[String]) -> Result<Vec<&ClusterPlan>, Error> {
+        for name in names {
+            self.cluster(name)?;
+        }
+        Ok(self.clusters.iter().filter(|cluster| names.is_empty() || names.contains(&cluster.name())).collect())
     }
 }
 
@@ -208,10 +220,24 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_can_grow_but_not_shrink() {
-        let (small, large) = (Plan::new(2, 1).unwrap(), Plan::new(3, 2).unwrap());
-        assert!(large.includes(&small));
-        assert!(!small.includes(&large));
+    fn what_is_up_stays_when_less_is_asked_for() {
+        let (wide, deep) = (Plan::new(4, 1).unwrap(), Plan::new(2, 2).unwrap());
+        let both = wide.clone().union(&deep);
+        assert_eq!(both, deep.union(&wide));
+        let nodes: Vec<(String, u8)> = both.clusters.iter().map(|cluster| (cluster.name(), cluster.nodes)).collect();
+        assert_eq!(nodes, [("a".into(), 2), ("b".into(), 2), ("c".into(), 1), ("d".into(), 1)]);
+    }
+
+    #[test]
+    fn clusters_are_chosen_by_name_and_all_of_them_without_one() {
+        let plan = Plan::new(4, 1).unwrap();
+        let names = |wanted: &[&str]| {
+            let wanted: Vec<String> = wanted.iter().map(|name| (*name).to_owned()).collect();
+            plan.chosen(&wanted).map(|chosen| chosen.iter().map(|cluster| cluster.name()).collect::<String>())
+        };
+        assert_eq!(names(&["d", "c"]), Ok("cd".to_owned()));
+        assert_eq!(names(&[]), Ok("abcd".to_owned()));
+        assert_eq!(names(&["x"]), Err(Error::Unknown("x".to_owned())));
     }
 
     #[test]

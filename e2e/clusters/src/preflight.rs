@@ -57,7 +57,10 @@ pub struct Facts {
 impl Facts {
     /// As things are now. Changes nothing.
     pub fn gather(folders: &Folders, plan: &Plan) -> Result<Facts, folders::Error> {
-        let keeper = keeper::running(folders).is_some();
+        let known = folders.read_plan()?;
+        // Its doors are ours; it has one for each cluster that was planned before.
+        let kept = known.iter().filter(|_| keeper::running(folders).is_some()).flat_map(|known| &known.clusters);
+        let kept: Vec<u16> = kept.map(|cluster| cluster.api_port()).collect();
         let ports = plan.clusters.iter().map(|cluster| cluster.api_port());
         let missing_files = [
             (PathBuf::from(BUSYBOX), "e2e/setup.sh clusters (package busybox-static)"),
@@ -78,9 +81,9 @@ impl Facts {
             nodes_to_start: plan.nodes().filter(|node| node::running(folders, node).is_none()).collect(),
             programs_to_build: programs,
             ports_taken: ports
-                .filter(|port| !keeper && TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_err())
+                .filter(|port| !kept.contains(port) && TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_err())
                 .collect(),
-            foreign_namespaces: if folders.read_plan()?.is_some() { Vec::new() } else { network::found() },
+            foreign_namespaces: if known.is_some() { Vec::new() } else { network::found() },
             leftover_mounts: mounts_below(&read("/proc/self/mounts"), folders.root()),
         })
     }

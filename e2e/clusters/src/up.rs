@@ -1,9 +1,7 @@
-//! `up` and `down`: the order of things. Every step looks before it acts, so `up` goes on where an earlier one stopped, for whatever
-//! reason, and `down` takes away whatever it finds.
+//! `up`: the order of things. Every step looks before it acts, so it goes on where an earlier one stopped, for whatever reason, and
+//! leaves alone what is up already.
 
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Node;
@@ -11,15 +9,13 @@ use kube::Api;
 
 use crate::folders::{self, Folders};
 use crate::plan::{ClusterPlan, Plan};
-use crate::{cgroups, handle, images, keeper, network, node, pki, preflight, programs, volumes};
+use crate::{handle, images, keeper, network, node, pki, preflight, programs};
 
 /// From the start of the programs to ready nodes; seconds on an idle machine.
 const READY_PATIENCE: Duration = Duration::from_secs(240);
-/// Loop devices whose last user has just ended.
-const DETACH_PATIENCE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(200);
 
-/// Why the clusters are not up (or not gone).
+/// Why the clusters are not up.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
@@ -39,25 +35,19 @@ pub enum Error {
     #[error(transparent)]
     Keeper(#[from] keeper::Error),
     #[error(transparent)]
-    Cgroup(#[from] cgroups::Error),
-    #[error(transparent)]
-    Volume(#[from] volumes::Error),
-    #[error(transparent)]
     Handle(#[from] handle::Error),
-    #[error("clusters with more nodes are up; `make clusters-down` first")]
-    Smaller,
     #[error("cluster {cluster} is not ready after {seconds} s: {missing}; logs are in {logs}")]
     Unready { cluster: String, seconds: u64, missing: String, logs: PathBuf },
-    #[error("cannot unmount {path}: {source}")]
-    Unmount { path: PathBuf, source: std::io::Error },
 }
 
-/// Brings all clusters of the plan up and returns when every node is ready.
-pub fn up(folders: &Folders, plan: &Plan, settings: &[String]) -> Result<(), Error> {
+/// Brings all clusters of the wish up and returns when every node is ready. More may be up already: those are looked after as well, and
+/// the answer is all that there is.
+pub fn up(folders: &Folders, wish: Plan, settings: &[String]) -> Result<Plan, Error> {
     let _lock = folders.lock()?;
-    if folders.read_plan()?.is_some_and(|old| !plan.includes(&old)) {
-        return Err(Error::Smaller);
-    }
+    let plan = &match folders.read_plan()? {
+        Some(known) => wish.union(&known),
+        None => wish,
+    };
     preflight::judge(&preflight::Facts::gather(folders, plan)?)?;
     let programs = programs::ensure(folders)?;
     images::ensure_base(folders)?;
@@ -82,7 +72,7 @@ pub fn up(folders: &Folders, plan: &Plan, settings: &[String]) -> Result<(), Err
         runtime.block_on(await_ready(folders, cluster))?;
         eprintln!("cluster {} ready after {:.1} s", cluster.name(), begin.elapsed().as_secs_f64());
     }
-    Ok(())
+    Ok(plan.clone())
 }
 
 /// Packs the sidecar of the work tree and gives it, and every other new archive, to the nodes.
@@ -115,38 +105,5 @@ async fn await_ready(folders: &Folders, cluster: &ClusterPlan) -> Result<(), Err
             return Err(Error::Unready { cluster, seconds: READY_PATIENCE.as_secs(), missing, logs });
         }
         tokio::time::sleep(POLL).await;
-    }
-}
-
-/// Takes everything of ours off the machine but the programs and images. Needs no plan: it goes by names.
-pub fn down(folders: &Folders) -> Result<(), Error> {
-    let _lock = folders.lock()?;
-    watari_e2e::netns::require_root()?;
-    keeper::stop(folders)?;
-    volumes::detach_all(&folders.state())?;
-    cgroups::remove(None)?;
-    // A device that was in use is gone by itself soon; one that a killed node left is not.
-    let deadline = Instant::now() + DETACH_PATIENCE;
-    while volumes::detach_all(&folders.state())? > 0 && Instant::now() < deadline {
-        std::thread::sleep(POLL);
-    }
-    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    // The last mounted first: mounts may lie on each other.
-    for path in preflight::mounts_below(&mounts, folders.root()).into_iter().rev() {
-        unmount(&path).map_err(|source| Error::Unmount { path, source })?;
-    }
-    network::remove()?;
-    match std::fs::remove_dir_all(folders.state()) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(folders::at(&folders.state())(error).into()),
-        _ => Ok(()),
-    }
-}
-
-fn unmount(path: &Path) -> std::io::Result<()> {
-    let name = CString::new(path.as_os_str().as_bytes()).map_err(std::io::Error::other)?;
-    // SAFETY: a terminated path and a flag.
-    match unsafe { libc::umount2(name.as_ptr(), libc::MNT_DETACH) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use watari_clusters::handle::{ClaimKind, Ours};
+use watari_clusters::plan::ClusterPlan;
 use watari_clusters::{detached::Detached, keeper, node};
 
 use crate::scene::play;
@@ -38,7 +39,7 @@ async fn after_kill_9_of_nodes_keeper_and_up_itself_everything_is_there_again() 
             scene.pod(cluster, "writer", "echo kept >/data/data", &[("data", kind)]).await?;
             scene.output(cluster, "writer").await?;
         }
-        for node in ours.plan.nodes() {
+        for node in [ours.a(), ours.b()].into_iter().flat_map(ClusterPlan::node_plans) {
             node::kill(&ours.folders, &node)?;
         }
         let process = Detached::read(&ours.folders.keeper()).context("the keeper is recorded")?;
