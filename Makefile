@@ -75,10 +75,11 @@ bench: ## measure everything beside its peers: a table, docs/BENCHMARKS.md and p
 	cargo run --release -q -p watari-e2e --bin watari-bench -- $(ARGS)
 
 # What is built from Go modules is kept outside the work tree: e2e/clusters/README.md.
-clusters: tools ## bring two Kubernetes clusters up, with an emulated WAN between them (as root; ARGS="--nodes 2 rate=1G delay=10ms")
+clusters: tools ## bring two Kubernetes clusters up, with an emulated WAN between them (as root; ARGS="--nodes 2 rate=1G delay=10ms"; KUBEVIRT_DIR=… deploys KubeVirt)
 	e2e/setup.sh clusters
 	cargo run -q -p watari-clusters -- up $(ARGS)
 	cargo run -q -p watari-clusters -- images
+	@[ -z "$${KUBEVIRT_DIR:-}" ] || cargo run -q -p watari-clusters -- kubevirt up
 
 clusters-down: tools ## take the clusters off this machine
 	cargo run -q -p watari-clusters -- down

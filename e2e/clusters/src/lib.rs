@@ -21,6 +21,7 @@
 //! | [`network`], [`cgroups`], [`node`], [`detached`] | machines made of namespaces |
 //! | [`keeper`], [`door`], [`provision`], [`volumes`] | what they need from outside: WAN, a way in, storage |
 //! | [`up`], [`down`] | the order of things |
+//! | [`kubevirt`] | real KubeVirt on them |
 //! | [`handle`] | a cluster as tests see it |
 
 pub mod cgroups;
@@ -31,6 +32,7 @@ pub mod folders;
 pub mod handle;
 pub mod images;
 pub mod keeper;
+pub mod kubevirt;
 pub mod network;
 pub mod node;
 pub mod pki;

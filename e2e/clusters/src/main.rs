@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use watari_clusters::folders::Folders;
 use watari_clusters::plan::Plan;
-use watari_clusters::{down, keeper, node, programs, up};
+use watari_clusters::{down, keeper, kubevirt, node, programs, up};
 
 #[derive(Parser)]
 #[command(about = "Real Kubernetes clusters on this machine, with an emulated WAN between them")]
@@ -60,11 +60,34 @@ enum What {
     },
     /// A command to the link between two clusters: `wan a b set both rate=1G`, `wan a b cut`, `wan a b stats`.
     Wan { a: String, b: String, command: Vec<String> },
+    /// Real KubeVirt on the clusters (e2e/clusters/README.md says from where).
+    Kubevirt {
+        #[command(subcommand)]
+        command: Kubevirt,
+        /// Only on these clusters: `--on c,d`.
+        #[arg(long, global = true, value_delimiter = ',')]
+        on: Vec<String>,
+    },
     /// `kill -9` of a whole node at once.
     Kill { node: String },
     /// The process that holds the WAN, the doors and the storage; `up` starts it.
     #[command(hide = true)]
     Keep,
+}
+
+#[derive(Subcommand)]
+enum Kubevirt {
+    /// Deploy what $KUBEVIRT_DIR holds, wait until it is available, exchange the CAs.
+    Up,
+    /// What is deployed, and who trusts whom.
+    Status,
+    /// Exchange the CAs; with --keep again and again, until ended.
+    Trust {
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Remove KubeVirt, and with it every VM.
+    Down,
 }
 
 fn main() -> ExitCode {
@@ -111,6 +134,17 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             print!("{}", keeper::link(&folders, a, b, &command.join(" "))?);
         }
         What::Kill { node } => node::kill(&folders, &plan()?.node(&node)?)?,
+        What::Kubevirt { command, on } => {
+            let sites = kubevirt::Site::open_all(&folders, &plan()?, &on)?;
+            match command {
+                Kubevirt::Up => kubevirt::up(&sites)?,
+                Kubevirt::Status => {
+                    sites.iter().try_for_each(|site| kubevirt::status(site).map(|line| println!("{line}")))?
+                }
+                Kubevirt::Trust { keep } => kubevirt::trust::exchange(&sites, keep)?,
+                Kubevirt::Down => kubevirt::down(&sites)?,
+            }
+        }
         What::Keep => keeper::keep(&folders)?,
     }
     Ok(())
