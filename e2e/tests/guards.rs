@@ -280,3 +280,39 @@ fn a_promotion_within_reach_of_the_source_seals_it_first_and_loses_nothing() -> 
     qemu_io(&pair.socket(1, "root"), "root", &["read -P 8 1M 4M"])?;
     Ok(())
 }
+
+#[test]
+fn a_disk_grows_at_the_replica_first_and_never_under_a_running_vm() -> anyhow::Result<()> {
+    let bed = TestBed::new("growth", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
+    let mut pair = Pair::new(&bed, options())?;
+    // A size in the configuration is a person's word that the disk shall not be larger.
+    let config = &pair.ends[0].config;
+    let text = std::fs::read_to_string(config)?;
+    std::fs::write(config, text.lines().filter(|l| !l.starts_with("size = ")).collect::<Vec<_>>().join("\n"))?;
+    pair.start(1, "replica")?;
+    pair.start(0, "primary")?;
+    pair.cut(0)?;
+    let (before, after) = (pair.report(0)?.disks[0].size_bytes, pair.report(0)?.disks[0].size_bytes + (8 << 20));
+    let root = pair.socket(0, "root");
+    qemu_io(&root, "root", &["write -P 3 0 1M", "flush"])?;
+    let vm = Client::connect(&pair, 0, "root")?;
+    pair.wait(0, "a client", WAIT, |r| r.disks[0].clients == 1)?;
+    std::fs::File::options().write(true).open(pair.image(0, 0))?.set_len(after)?;
+    let waits = |r: &watari_wire::report::Report| {
+        r.conditions.iter().any(|c| c.kind == "DiskGrowth" && c.reason == "AtNextStart")
+    };
+    let report = pair.wait(0, "the growth to wait for the VM", WAIT, waits)?;
+    ensure!(report.disks[0].size_bytes == before);
+    ensure!(std::fs::metadata(pair.image(1, 0))?.len() == after, "the replica's image grows first");
+    // What it does meanwhile is replicated as ever.
+    pair.cut(0)?;
+    drop(vm);
+    pair.wait(0, "the new size", WAIT, |r| r.role == "Serving" && r.disks[0].size_bytes == after)?;
+    pair.wait(1, "the new size at the replica", WAIT, |r| r.disks[0].size_bytes == after && r.link.connected)?;
+    qemu_io(&root, "root", &[&format!("write -P 8 {before} 8M"), "flush"])?;
+    pair.cut(0)?;
+    qemu_io(&pair.socket(1, "generations"), "root@latest", &[&format!("read -P 8 {before} 8M"), "read -P 3 0 1M"])?;
+    let report = pair.report(0)?;
+    ensure!(report.worker_restarts == 0 && !report.conditions.iter().any(|c| c.kind == "DiskGrowth"), "{report:?}");
+    Ok(())
+}

@@ -14,6 +14,8 @@ use crate::{
 pub const EXIT_REFUSED: u8 = 2;
 /// It was tried and failed, or the running sidecar said no.
 pub const EXIT_FAILED: u8 = 1;
+/// Exit code of a worker that asks its supervisor for another start; it crashed not.
+pub const EXIT_AGAIN: u8 = 75;
 
 /// Watari keeps a VM's disks synchronised with a peer site, all day long and best effort, so that a move crosses the
 /// WAN with only the last delta.

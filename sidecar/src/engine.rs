@@ -34,3 +34,5 @@ pub mod tracking;
 /// Exit code of a worker whose role record or disks failed at a point where nothing may follow: the supervisor starts it
 /// again, and it goes on from what is durable.
 pub const EXIT_RECORD: i32 = 70;
+/// Exit code of a worker that asks to be started again: nothing failed, something that it read at its start has changed.
+pub const EXIT_AGAIN: i32 = crate::cli::EXIT_AGAIN as i32;

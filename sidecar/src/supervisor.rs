@@ -83,7 +83,7 @@ pub fn supervise(worker: &Worker) -> Result<u8, SupervisorError> {
                 Verdict::Restart => {
                     let now = Instant::now();
                     start_at = now + crashes.add(now, ended);
-                    tracing::error!(%ended, crashes = crashes.total(), pass_through = crashes.pass_through(), "worker crashed; starting another");
+                    tracing::warn!(%ended, crashes = crashes.total(), pass_through = crashes.pass_through(), "the worker ended; starting another");
                 }
             }
         }

@@ -26,6 +26,7 @@ use watari_core::{
     limits,
     primary::{Limits, Phase},
     record::{Role, RoleRecord},
+    replica::ReplicaError,
     slots::SlotFile,
 };
 use watari_store::{folder::Folder, lock::FolderLock, trust::StartFacts};
@@ -58,6 +59,7 @@ use crate::{
 };
 
 mod cuts;
+pub(super) mod growth;
 mod intents;
 mod links;
 mod pace;
@@ -154,6 +156,8 @@ pub struct Brain {
     /// Set when the thread shall end, with the exit code.
     exit: Option<i32>,
     limits: Limits,
+    /// How large the target's images are, bytes; empty while it is out of reach.
+    peer_capacities: Vec<u64>,
     /// What was set while running, by this worker or those before it.
     settings: Settings,
     next_report: Instant,
@@ -204,6 +208,7 @@ impl Brain {
             terminating: false,
             exit: None,
             limits,
+            peer_capacities: Vec::new(),
             next_report: Instant::now(),
             next_beat: Instant::now(),
             reconnects: 0,
@@ -547,6 +552,7 @@ impl Brain {
             self.leave_untracked(now);
             self.forget_cold_regions(now);
             self.verify();
+            self.grow();
         }
         if now >= self.next_report {
             self.next_report = now + Duration::from_millis(100);

@@ -342,7 +342,7 @@ fn disk_sizes(config: &Config, record: Option<&RoleRecord>, front_end: bool) -> 
 }
 
 /// Bytes of a file or device (a device has no size in its metadata).
-fn actual_size(path: &std::path::Path) -> std::io::Result<u64> {
+pub(super) fn actual_size(path: &std::path::Path) -> std::io::Result<u64> {
     use std::io::{Seek, SeekFrom};
     File::open(path)?.seek(SeekFrom::End(0))
 }

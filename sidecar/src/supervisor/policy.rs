@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::cli::EXIT_REFUSED;
+use crate::cli::{EXIT_AGAIN, EXIT_REFUSED};
 
 /// So many crashes within [`CRASH_WINDOW`], and the next worker serves without tracking: the VM comes first.
 pub const CRASHES_MAX: usize = 5;
@@ -73,6 +73,9 @@ impl Crashes {
 
     /// Counts one; returns the pause before the next start.
     pub fn add(&mut self, now: Instant, ended: Ended) -> Duration {
+        if ended == Ended::Exited(EXIT_AGAIN) {
+            return Duration::ZERO;
+        }
         self.total += 1;
         self.recent.push_back(now);
         while self.recent.front().is_some_and(|at| now.duration_since(*at) > CRASH_WINDOW) {
@@ -93,6 +96,16 @@ impl Crashes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_worker_that_asks_to_be_started_again_has_not_crashed() {
+        let (mut crashes, now) = (Crashes::default(), Instant::now());
+        for _ in 0..2 * CRASHES_MAX {
+            assert_eq!(crashes.add(now, Ended::Exited(EXIT_AGAIN)), Duration::ZERO);
+        }
+        assert_eq!((crashes.total(), crashes.pass_through()), (0, false));
+        assert_eq!(verdict(Ended::Exited(EXIT_AGAIN), 0), Verdict::Restart);
+    }
 
     #[test]
     fn only_a_deliberate_end_is_passed_on() {

@@ -359,6 +359,11 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         Ok(*hasher.finalize().as_bytes())
     }
 
+    /// Recorded size of a disk, bytes.
+    pub fn disk_bytes(&self, disk: DiskIndex) -> Option<u64> {
+        self.manifest.disk_bytes.get(usize::from(disk.0)).copied()
+    }
+
     /// A disk has grown (the claim first, then this; growth is adopted at a VM start, replica first). Durable when this
     /// returns. Shrinking is refused.
     pub fn grow_disk(&mut self, disk: DiskIndex, bytes: u64) -> Result<(), ReplicaError> {

@@ -39,7 +39,16 @@ impl Brain {
             nonce: convert::bytes(&nonce),
             starts: record.starts,
             session: self.parts.session.0,
-            disks: record.disks.iter().map(|d| wire::Disk { name: d.name.clone(), size_bytes: d.size_bytes }).collect(),
+            disks: record
+                .disks
+                .iter()
+                .zip(self.our_capacities())
+                .map(|(d, capacity_bytes)| wire::Disk {
+                    name: d.name.clone(),
+                    size_bytes: d.size_bytes,
+                    capacity_bytes,
+                })
+                .collect(),
             committed: Some(convert::wire_generation(committed)),
             staged,
             virgin: self.target.as_ref().is_some_and(|t| t.is_virgin()),
@@ -93,6 +102,9 @@ impl Brain {
         {
             // What we said while dialling is not true any more: say it anew.
             return self.parts.post_later(Duration::ZERO);
+        }
+        if data.is_none() && hello.pair[..] == self.parts.site.record().pair && self.follow_growth(hello) {
+            return;
         }
         if let Some((reason, text)) = self.unacceptable(hello) {
             self.conditions.set("PeerRefused", reason, &text, "correct the configuration named in the message");
@@ -149,6 +161,7 @@ impl Brain {
             return;
         }
         self.conditions.clear("PeerFenced");
+        self.peer_capacities = hello.disks.iter().map(|d| d.capacity_bytes).collect();
         self.judge_start(hello);
         if let Some(source) = &mut self.source {
             source.link_up(unix_millis(), hello, control, data, same);
@@ -255,6 +268,7 @@ impl Brain {
 
     fn drop_link(&mut self) {
         self.link = None;
+        self.peer_capacities.clear();
         self.parts.remote.link(None);
         if let Some(source) = &mut self.source {
             source.link_down();

@@ -115,7 +115,11 @@ impl Brain {
     }
 
     pub(super) fn open_target(&mut self) {
-        match self.parts.replica.open_or_create() {
+        let opened = self.parts.replica.open_or_create().and_then(|mut store| {
+            self.grow_replica(&mut store)?;
+            Ok(store)
+        });
+        match opened {
             Ok(store) => {
                 self.set_target(Some(Target::new(store)));
                 self.conditions.clear("ReplicaFailed");
