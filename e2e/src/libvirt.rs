@@ -57,14 +57,14 @@ mod daemon;
 mod domain;
 mod hooks;
 mod migrate;
-mod proxy;
+pub mod proxy;
 mod synced;
 mod vm;
 
 pub use daemon::LibvirtSite;
 pub use domain::VirtualMachine;
 pub use hooks::{Hooks, Refusal};
-pub use migrate::{Migration, MigrationOptions, MigrationReport};
+pub use migrate::{Migration, MigrationOptions, MigrationReport, virsh_arguments};
 pub use proxy::ProxyBytes;
 pub use synced::{Crossing, SyncedVm, Trouble};
 pub use vm::RunningVm;

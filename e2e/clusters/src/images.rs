@@ -78,29 +78,34 @@ impl Drop for Scratch {
     }
 }
 
-/// Packs the tree `root` as one layer under the given names into `images/NAME.tar`.
-pub fn pack(folders: &Folders, name: &str, root: &Path, images: &[Image]) -> Result<PathBuf, Error> {
+/// Packs the trees `layers`, lowest first, as an image under each of the given names into `images/NAME.tar`. A node unpacks only the
+/// layers that it does not have.
+pub fn pack(folders: &Folders, name: &str, layers: &[&Path], images: &[Image]) -> Result<PathBuf, Error> {
     let scratch = Scratch::create(folders, name)?;
-    let layer = scratch.0.join("layer.tar");
     let tar = |to: &Path, from: &Path, what: &[String]| {
         let mut command = Command::new("tar");
         command.args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mtime=@0", "-cf"]);
         tool(command.arg(to).arg("-C").arg(from).args(what)).map(drop)
     };
-    tar(&layer, root, &[".".to_owned()])?;
-    let digest = sha256(&layer)?;
-    let mut files = vec!["layer.tar".to_owned()];
+    let (mut files, mut digests) = (Vec::new(), Vec::new());
+    for (number, root) in layers.iter().enumerate() {
+        let file = format!("layer-{number}.tar");
+        tar(&scratch.0.join(&file), root, &[".".to_owned()])?;
+        digests.push(format!("sha256:{}", sha256(&scratch.0.join(&file))?));
+        files.push(file);
+    }
+    let layers = files.clone();
     let mut manifest = Vec::new();
     for image in images {
         let config = json!({
             "architecture": "amd64", "os": "linux", "config": image.config,
-            "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
+            "rootfs": { "type": "layers", "diff_ids": digests },
         });
         let unnamed = scratch.0.join("config");
         std::fs::write(&unnamed, config.to_string()).map_err(folders::at(&unnamed))?;
         let file = format!("{}.json", sha256(&unnamed)?);
         std::fs::rename(&unnamed, scratch.0.join(&file)).map_err(folders::at(&unnamed))?;
-        manifest.push(json!({ "Config": file, "RepoTags": [image.name], "Layers": ["layer.tar"] }));
+        manifest.push(json!({ "Config": file, "RepoTags": [image.name], "Layers": layers }));
         files.push(file);
     }
     folders::write(&scratch.0.join("manifest.json"), Value::from(manifest).to_string().as_bytes())?;
@@ -140,7 +145,7 @@ pub fn ensure_base(folders: &Folders) -> Result<(), Error> {
         Image { name: PAUSE_IMAGE, config: json!({ "Entrypoint": ["/bin/sleep", "2147483647"], "Env": path }) },
         Image { name: BUSYBOX_IMAGE, config: json!({ "Entrypoint": ["/bin/sh"], "Env": path }) },
     ];
-    pack(folders, "base", &scratch.0, &images)?;
+    pack(folders, "base", &[&scratch.0], &images)?;
     Ok(())
 }
 
@@ -157,7 +162,7 @@ pub fn ensure_sidecar(folders: &Folders) -> Result<(), Error> {
     let scratch = Scratch::create(folders, "sidecar-tree")?;
     std::fs::copy(&program, scratch.0.join("watari-sidecar")).map_err(folders::at(&program))?;
     let image = Image { name: SIDECAR_IMAGE, config: json!({ "Entrypoint": ["/watari-sidecar"] }) };
-    pack(folders, "watari-sidecar", &scratch.0, &[image])?;
+    pack(folders, "watari-sidecar", &[&scratch.0], &[image])?;
     Ok(())
 }
 

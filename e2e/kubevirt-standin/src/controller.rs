@@ -1,21 +1,35 @@
-//! virt-controller's part that we play: VM → VMI → virt-launcher Pod, and the states back.
+//! The loop that plays virt-controller, virt-handler, virt-operator and the synchronization controller of one cluster: observe (a list
+//! of each kind, a question to each launcher), decide ([`crate::vm`], [`crate::vmi`], [`crate::migration`], all pure), act.
 //!
-//! Observe (a list of each kind), decide (pure, [`decide`]), act. It looks twice a second instead of watching: it is a stand-in.
+//! It looks twice a second instead of watching: it is a stand-in. Whatever fails is logged and tried again at the next look.
 
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
-use kube::api::{
-    ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams,
-};
-use kube::{Api, Client, ResourceExt};
-use serde_json::{Value, json};
+use futures::future::join_all;
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
+use kube::api::ListParams;
+use kube::{Api, Client};
+use serde_json::Value;
+use tokio::sync::watch;
 use watari_clusters::provision::bytes;
 
+use crate::act::{self, Cluster};
+use crate::ca::{self, NAMESPACE, SYNC_NAME};
+use crate::migration::{self, Peer, Phase, Role, Seen};
+use crate::objects::{Kind, difference, merge};
+use crate::quirks::Quirks;
 use crate::render::{self, ClaimVolume};
+use crate::seen::{PodSeen, current_pod, is_deleting, is_final, phase, uid};
+use crate::sync::{self, Board, Message, Side, Trust};
+use crate::talk::{self, Request};
+use crate::{crds, subresources, vm, vmi};
 
 const POLL: Duration = Duration::from_millis(500);
-const MANAGER: &str = "kubevirt-standin";
+/// virt-operator's: how long what is not kept by the merge lives in the bundle.
+const RECONCILE_CA: Duration = Duration::from_secs(5);
+/// A VMIM that is deleted waits this long for its peer to be told.
+const PEER_PATIENCE_SECONDS: i64 = 30;
 
 /// Why a pass could not be finished; the next one tries again.
 #[derive(Debug, thiserror::Error)]
@@ -26,267 +40,271 @@ pub enum Error {
     Render(#[from] render::Error),
     #[error(transparent)]
     Size(#[from] watari_clusters::provision::Error),
+    #[error(transparent)]
+    Ca(#[from] ca::Error),
     #[error("{0}")]
     Json(#[from] serde_json::Error),
 }
 
-/// A VM with what belongs to it.
-#[derive(Clone, Debug, Default)]
-pub struct Seen {
-    pub vm: Value,
-    pub vmi: Option<Value>,
-    /// The newest Pod of this VMI.
-    pub pod: Option<PodSeen>,
-}
-
-/// What matters about a Pod.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodSeen {
-    pub phase: String,
-    /// The launcher says that the guest runs.
-    pub running: bool,
-    pub node: Option<String>,
-}
-
-/// The next thing to do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Action {
-    CreateVmi,
-    DeleteVmi,
-    CreatePod,
-    /// Of the VMI.
-    Phase(&'static str),
-    Nothing,
-}
-
-/// Phases after which a VMI does not come back.
-fn is_final(phase: &str) -> bool {
-    matches!(phase, "Succeeded" | "Failed")
-}
-
-/// What a VM calls for. Run strategies other than Always, RerunOnFailure and Halted leave it as it is.
-pub fn decide(seen: &Seen) -> Action {
-    let strategy = seen.vm["spec"]["runStrategy"].as_str().unwrap_or_default();
-    let wanted = matches!(strategy, "Always" | "RerunOnFailure");
-    let Some(vmi) = &seen.vmi else {
-        return if wanted { Action::CreateVmi } else { Action::Nothing };
-    };
-    if !vmi["metadata"]["deletionTimestamp"].is_null() {
-        return Action::Nothing;
-    }
-    let phase = vmi["status"]["phase"].as_str().unwrap_or_default();
-    // A VM that is to run is started anew; RerunOnFailure takes an end in good order for an answer.
-    let again = strategy == "Always" || strategy == "RerunOnFailure" && phase == "Failed";
-    if strategy == "Halted" || is_final(phase) && again {
-        return Action::DeleteVmi;
-    }
-    if is_final(phase) {
-        return Action::Nothing;
-    }
-    let next = match &seen.pod {
-        None if phase.is_empty() => "Pending",
-        None => return Action::CreatePod,
-        Some(pod) => match pod.phase.as_str() {
-            "Succeeded" => "Succeeded",
-            "Failed" => "Failed",
-            "Running" if pod.running => "Running",
-            "Running" => "Scheduled",
-            _ => "Scheduling",
-        },
-    };
-    // A guest that ran does not go back because its Pod is not ready for a moment.
-    if next == phase || phase == "Running" && !is_final(next) { Action::Nothing } else { Action::Phase(next) }
-}
-
-fn resource(kind: &str, plural: &str) -> ApiResource {
-    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("kubevirt.io", "v1", kind), plural)
-}
-
 /// One cluster's controller.
 pub struct Controller {
-    client: Client,
-    launcher_image: String,
+    cluster: Cluster,
+    board: Board,
+    trust: watch::Sender<Option<Trust>>,
+    /// Where other clusters' controllers find this one.
+    address: String,
+}
+
+/// One look at the whole cluster.
+#[derive(Default)]
+struct World {
+    vms: Vec<Value>,
+    vmis: Vec<Value>,
+    vmims: Vec<Value>,
+    pods: Vec<PodSeen>,
+    nodes: usize,
 }
 
 impl Controller {
-    pub fn new(client: Client, launcher_image: impl Into<String>) -> Controller {
-        Controller { client, launcher_image: launcher_image.into() }
+    /// `address` is this Pod's own.
+    pub fn new(client: Client, launcher_image: impl Into<String>, address: &str) -> Controller {
+        let address = format!("{address}:{}", sync::SYNC_PORT);
+        let cluster = Cluster { client, launcher_image: launcher_image.into() };
+        Controller { cluster, board: Board::default(), trust: watch::Sender::new(None), address }
     }
 
-    /// For ever; errors are logged and tried again.
-    pub async fn run(&self) {
+    /// For ever. Ends only if it cannot begin.
+    pub async fn run(&self) -> Result<(), Error> {
+        let client = &self.cluster.client;
+        crds::apply(client).await?;
+        crds::apply_kubevirt(client, &self.address).await?;
+        let certificate = self.reconcile_ca(None).await?;
+        tokio::spawn(subresources::serve(client.clone(), self.trust.subscribe()));
+        tokio::spawn(sync::serve(self.board.clone(), self.trust.subscribe()));
+        tokio::spawn(sync::call(self.board.clone(), self.trust.subscribe()));
+        let mut reconciled = Instant::now();
+        let mut known = certificate;
         loop {
             if let Err(error) = self.pass().await {
                 tracing::warn!(%error, "trying again");
+            }
+            if reconciled.elapsed() > RECONCILE_CA {
+                match self.reconcile_ca(Some(&known)).await {
+                    Ok(certificate) => known = certificate,
+                    Err(error) => tracing::warn!(%error, "certificates: trying again"),
+                }
+                reconciled = Instant::now();
             }
             tokio::time::sleep(POLL).await;
         }
     }
 
-    fn vmis(&self, namespace: &str) -> Api<DynamicObject> {
-        Api::namespaced_with(
-            self.client.clone(),
-            namespace,
-            &resource("VirtualMachineInstance", "virtualmachineinstances"),
-        )
-    }
-
-    fn vms(&self, namespace: &str) -> Api<DynamicObject> {
-        Api::namespaced_with(self.client.clone(), namespace, &resource("VirtualMachine", "virtualmachines"))
+    /// virt-operator's part; answers the controller's own certificate, renewed with the authority.
+    async fn reconcile_ca(&self, known: Option<&ca::Pair>) -> Result<ca::Pair, Error> {
+        let client = &self.cluster.client;
+        let kubevirt = Kind::KubeVirt.api(client, NAMESPACE).get("kubevirt").await?;
+        let (authority, bundle) = ca::reconcile(client, &serde_json::to_value(&kubevirt)?).await?;
+        let trusted = self.trust.borrow().clone();
+        let first = |bundle: &str| bundle.starts_with(authority.certificate());
+        let own = match (known, trusted.filter(|trust| first(&trust.bundle))) {
+            (Some(known), Some(_)) => known.clone(),
+            _ => {
+                let name = format!("kubevirt.io:system:node:{SYNC_NAME}");
+                authority.issue(&name, &[SYNC_NAME.into(), format!("virt-api.{NAMESPACE}.svc")])?
+            }
+        };
+        act::register(client, &authority).await?;
+        self.trust.send_replace(Some(Trust { own: own.clone(), bundle }));
+        Ok(own)
     }
 
     async fn pass(&self) -> Result<(), Error> {
-        let all: Api<DynamicObject> =
-            Api::all_with(self.client.clone(), &resource("VirtualMachine", "virtualmachines"));
-        for vm in all.list(&ListParams::default()).await?.items {
-            let (namespace, name) = (vm.namespace().unwrap_or_default(), vm.name_any());
-            let seen = self.observe(&namespace, &name, serde_json::to_value(&vm)?).await?;
-            let action = decide(&seen);
-            if action != Action::Nothing {
-                tracing::info!(namespace, name, ?action, "VM");
+        let world = self.observe().await?;
+        for vm in &world.vms {
+            logged(vm, self.vm(vm, &world).await);
+        }
+        for vmi in &world.vmis {
+            logged(vmi, self.vmi(vmi, &world).await);
+        }
+        let mut known = BTreeSet::new();
+        for vmim in &world.vmims {
+            known.extend(key_of(vmim));
+            logged(vmim, self.vmim(vmim, &world).await);
+        }
+        self.board.keep(&known);
+        Ok(())
+    }
+
+    async fn observe(&self) -> Result<World, Error> {
+        let client = &self.cluster.client;
+        let list = async |kind: Kind| -> Result<Vec<Value>, Error> {
+            let items = kind.everywhere(client).list(&ListParams::default()).await?.items;
+            Ok(items.iter().map(serde_json::to_value).collect::<Result<_, _>>()?)
+        };
+        let launchers = ListParams::default().labels("kubevirt.io=virt-launcher");
+        let pods: Api<Pod> = Api::all(client.clone());
+        let nodes: Api<Node> = Api::all(client.clone());
+        let pods = pods.list(&launchers).await?.items;
+        let pods = join_all(pods.iter().map(PodSeen::of).map(|mut pod| async {
+            if let Some(address) = pod.address.filter(|_| pod.phase == "Running") {
+                pod.report = talk::ask(address, &Request::Report).await.ok();
             }
-            self.act(&namespace, &name, &seen, &action).await?;
-            self.report(&namespace, &name, &seen).await?;
+            pod
+        }));
+        Ok(World {
+            pods: pods.await,
+            vms: list(Kind::Vm).await?,
+            vmis: list(Kind::Vmi).await?,
+            vmims: list(Kind::Vmim).await?,
+            nodes: nodes.list_metadata(&ListParams::default()).await?.items.len(),
+        })
+    }
+
+    async fn vm(&self, vm: &Value, world: &World) -> Result<(), Error> {
+        let name = &vm["metadata"]["name"];
+        let vmi = world.find(&world.vmis, vm, name);
+        let action = vm::decide(vm, vmi);
+        self.cluster.vm(vm, action).await?;
+        let moving = |vmim: &&Value| vmim["spec"]["vmiName"] == *name && !Phase::of(vmim).is_final();
+        let migrating = world.vmims.iter().filter(|vmim| same_namespace(vmim, vm)).any(|vmim| moving(&vmim));
+        self.cluster.status(Kind::Vm, vm, &vm::status(vm, vmi, migrating)).await
+    }
+
+    async fn vmi(&self, vmi: &Value, world: &World) -> Result<(), Error> {
+        let pods: Vec<&PodSeen> = world.pods.iter().filter(|pod| pod.vmi_uid == uid(vmi)).collect();
+        let pod = current_pod(vmi, pods.iter().copied());
+        // A claim that is not there yet keeps the VMI waiting, as KubeVirt does.
+        let claims = self.claims(vmi).await?;
+        self.cluster.vmi(vmi, vmi::decide(vmi, pod, &pods), &claims, &pods).await?;
+        let trouble = pod.and_then(|pod| pod.report.as_ref()).and_then(|report| report.trouble.as_ref());
+        let known =
+            |text: &String| vmi["status"]["conditions"].to_string().contains(&Value::from(text.as_str()).to_string());
+        if let Some(trouble) = trouble.filter(|trouble| !known(trouble)) {
+            act::event(&self.cluster.client, vmi, "SyncFailed", trouble).await?;
+        }
+        if !is_deleting(vmi) || !is_final(phase(vmi)) {
+            self.cluster.status(Kind::Vmi, vmi, &vmi::status(vmi, pod, &claims)).await?;
+            self.cluster.node_label(vmi, pod).await?;
         }
         Ok(())
     }
 
-    async fn observe(&self, namespace: &str, name: &str, vm: Value) -> Result<Seen, Error> {
-        let Some(vmi) = self.vmis(namespace).get_opt(name).await? else { return Ok(Seen { vm, vmi: None, pod: None }) };
-        let selector = format!("kubevirt.io/created-by={}", vmi.uid().unwrap_or_default());
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
-        let mut pods = pods.list(&ListParams::default().labels(&selector)).await?.items;
-        pods.sort_by_key(|pod| pod.metadata.creation_timestamp.clone());
-        let pod = pods.pop().map(|pod| {
-            let status = pod.status.unwrap_or_default();
-            let compute = status.container_statuses.iter().flatten().find(|container| container.name == "compute");
-            PodSeen {
-                phase: status.phase.clone().unwrap_or_default(),
-                running: compute.is_some_and(|container| container.ready),
-                node: pod.spec.and_then(|spec| spec.node_name),
+    async fn vmim(&self, vmim: &Value, world: &World) -> Result<(), Error> {
+        let vmi = world.find(&world.vmis, vmim, &vmim["spec"]["vmiName"]);
+        let state = vmi.map_or(&Value::Null, |vmi| &vmi["status"]["migrationState"]);
+        let word = self.exchange(vmim, state);
+        let ended = Phase::of(vmim).is_final();
+        if let (Some((side, _)), Some(vmi), false) = (key_of(vmim), vmi, ended) {
+            // The peer's half is entered first; decisions are made from it at the next look.
+            let begun = state["migrationUid"] == uid(vmim);
+            let theirs = word.message.as_ref().map(|message| &message.state);
+            let news = theirs.filter(|_| begun).and_then(|theirs| sync::news(side, state, theirs));
+            self.cluster.peer_condition(vmi, vmim, word.error.as_deref()).await?;
+            if let Some(news) = news {
+                return self.cluster.migration_state(vmi, &news).await;
             }
-        });
-        Ok(Seen { vm, vmi: Some(serde_json::to_value(&vmi)?), pod })
-    }
-
-    async fn act(&self, namespace: &str, name: &str, seen: &Seen, action: &Action) -> Result<(), Error> {
-        let vmis = self.vmis(namespace);
-        match action {
-            Action::Nothing => {}
-            Action::CreateVmi => {
-                vmis.create(&PostParams::default(), &serde_json::from_value(vmi_of(&seen.vm))?).await?;
-            }
-            Action::DeleteVmi => {
-                vmis.delete(name, &DeleteParams::default()).await?;
-            }
-            Action::CreatePod => {
-                let vmi = seen.vmi.as_ref().unwrap_or(&Value::Null);
-                let pod = render::pod(vmi, &self.claims(namespace, vmi).await?, &self.launcher_image)?;
-                let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
-                pods.create(&PostParams::default(), &serde_json::from_value(pod)?).await?;
-            }
-            Action::Phase(phase) => {
-                let node = seen.pod.as_ref().and_then(|pod| pod.node.clone());
-                let ready = if *phase == "Running" { "True" } else { "False" };
-                let conditions = json!([{ "type": "Ready", "status": ready }]);
-                // The VMI has no status subresource (components/crds.go).
-                let patch = json!({
-                    "metadata": { "labels": { "kubevirt.io/nodeName": node } },
-                    "status": { "phase": phase, "nodeName": node, "conditions": conditions },
-                });
-                vmis.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await?;
-            }
+        }
+        let pods = || {
+            world.pods.iter().filter(|pod| pod.namespace == vmim["metadata"]["namespace"].as_str().unwrap_or_default())
+        };
+        let source = state["sourcePod"].as_str().and_then(|name| pods().find(|pod| pod.name == name));
+        let seen = Seen {
+            vmim,
+            vmi,
+            source: source.or_else(|| vmi.and_then(|vmi| current_pod(vmi, &world.pods))),
+            target: pods().find(|pod| pod.job.as_deref() == Some(uid(vmim))),
+            peer: Peer { cancelled: word.message.as_ref().is_some_and(|peer| peer.cancelled), told: word.told || act::deleted_for_seconds(vmim) > PEER_PATIENCE_SECONDS },
+            more_nodes: world.nodes > 1,
+            age: act::age_seconds(vmim),
+        };
+        let actions = migration::decide(&seen);
+        for action in actions {
+            self.migrate(&seen, action).await?;
         }
         Ok(())
     }
 
-    /// The mode of each claim; one that is not there yet keeps the Pod waiting, as KubeVirt does.
-    async fn claims(&self, namespace: &str, vmi: &Value) -> Result<Vec<ClaimVolume>, Error> {
-        let api: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), namespace);
+    async fn migrate(&self, seen: &Seen<'_>, action: migration::Action) -> Result<(), Error> {
+        let claims = match (&action, seen.vmi) {
+            (migration::Action::CreateTarget(_), Some(vmi)) => self.claims(vmi).await?,
+            _ => Vec::new(),
+        };
+        self.cluster.migration(seen, action, &claims, &self.address).await
+    }
+
+    /// Tells the peer our half, and answers its own.
+    fn exchange(&self, vmim: &Value, state: &Value) -> sync::PeerWord {
+        let Some((side, migration)) = key_of(vmim) else { return sync::PeerWord::default() };
+        let begun = state["migrationUid"] == uid(vmim);
+        let ours = Message {
+            migration,
+            cancelled: is_deleting(vmim),
+            ended: Phase::of(vmim).is_final(),
+            state: if begun { sync::half(side, state) } else { Value::Null },
+        };
+        let connect = match Role::of(vmim) {
+            Role::Source { connect, .. } => Some(connect),
+            Role::Local | Role::Target { .. } => None,
+        };
+        self.board.pin(side, ours, connect.as_deref(), Quirks::of(vmim).unreachable)
+    }
+
+    async fn claims(&self, vmi: &Value) -> Result<Vec<ClaimVolume>, Error> {
+        let namespace = vmi["metadata"]["namespace"].as_str().unwrap_or_default();
+        let api: Api<PersistentVolumeClaim> = Api::namespaced(self.cluster.client.clone(), namespace);
         let mut claims = Vec::new();
         for (volume, claim) in render::claims_of(vmi) {
             let spec = api.get(&claim).await?.spec.unwrap_or_default();
             let requests = spec.resources.and_then(|resources| resources.requests).unwrap_or_default();
             let bytes = requests.get("storage").map(|size| bytes(&size.0)).transpose()?.unwrap_or_default();
-            claims.push(ClaimVolume { volume, claim, block: spec.volume_mode.as_deref() == Some("Block"), bytes });
+            let shared = spec.access_modes.iter().flatten().any(|mode| mode == "ReadWriteMany");
+            claims.push(ClaimVolume {
+                volume,
+                claim,
+                block: spec.volume_mode.as_deref() == Some("Block"),
+                bytes,
+                shared,
+            });
         }
         Ok(claims)
     }
+}
 
-    async fn report(&self, namespace: &str, name: &str, seen: &Seen) -> Result<(), Error> {
-        let phase = seen.vmi.as_ref().map(|vmi| vmi["status"]["phase"].as_str().unwrap_or_default());
-        let printable = match phase {
-            None => "Stopped",
-            Some("Running") => "Running",
-            Some(phase) if is_final(phase) => "Stopped",
-            Some(_) => "Starting",
-        };
-        let status =
-            json!({ "created": phase.is_some(), "ready": phase == Some("Running"), "printableStatus": printable });
-        let known = &seen.vm["status"];
-        if known["printableStatus"] != printable || known["created"] != status["created"] {
-            let patch = Patch::Merge(json!({ "status": status }));
-            self.vms(namespace)
-                .patch_status(name, &PatchParams { field_manager: Some(MANAGER.into()), ..Default::default() }, &patch)
-                .await?;
-        }
-        Ok(())
+impl World {
+    /// The object of that name in the namespace of `beside`.
+    fn find<'w>(&self, objects: &'w [Value], beside: &Value, name: &Value) -> Option<&'w Value> {
+        objects.iter().find(|object| object["metadata"]["name"] == *name && same_namespace(object, beside))
     }
 }
 
-/// The VMI that a VM's template describes.
-fn vmi_of(vm: &Value) -> Value {
-    let (metadata, template) = (&vm["metadata"], &vm["spec"]["template"]);
-    json!({
-        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
-        "metadata": {
-            "name": metadata["name"], "namespace": metadata["namespace"],
-            "labels": template["metadata"]["labels"], "annotations": template["metadata"]["annotations"],
-            "ownerReferences": [{
-                "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "name": metadata["name"], "uid": metadata["uid"],
-                "controller": true, "blockOwnerDeletion": true,
-            }],
-        },
-        "spec": template["spec"],
-    })
+fn same_namespace(a: &Value, b: &Value) -> bool {
+    a["metadata"]["namespace"] == b["metadata"]["namespace"]
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn seen(strategy: &str, phase: Option<&str>, pod: Option<(&str, bool)>) -> Seen {
-        Seen {
-            vm: json!({ "spec": { "runStrategy": strategy } }),
-            vmi: phase.map(|phase| json!({ "metadata": {}, "status": { "phase": phase } })),
-            pod: pod.map(|(phase, running)| PodSeen { phase: phase.into(), running, node: None }),
-        }
+/// Of a migration between clusters.
+fn key_of(vmim: &Value) -> Option<(Side, String)> {
+    match Role::of(vmim) {
+        Role::Local => None,
+        Role::Source { migration, .. } => Some((Side::Source, migration)),
+        Role::Target { migration } => Some((Side::Target, migration)),
     }
+}
 
-    #[test]
-    fn a_vm_goes_from_its_object_to_a_running_guest_and_back() {
-        let cases = [
-            (seen("Always", None, None), Action::CreateVmi),
-            (seen("Always", Some(""), None), Action::Phase("Pending")),
-            (seen("Always", Some("Pending"), None), Action::CreatePod),
-            (seen("Always", Some("Pending"), Some(("Pending", false))), Action::Phase("Scheduling")),
-            (seen("Always", Some("Scheduling"), Some(("Running", false))), Action::Phase("Scheduled")),
-            (seen("Always", Some("Scheduled"), Some(("Running", true))), Action::Phase("Running")),
-            (seen("Always", Some("Running"), Some(("Running", true))), Action::Nothing),
-            (seen("Always", Some("Running"), Some(("Running", false))), Action::Nothing),
-            (seen("Always", Some("Running"), Some(("Failed", false))), Action::Phase("Failed")),
-            (seen("Always", Some("Failed"), Some(("Failed", false))), Action::DeleteVmi),
-            (seen("Halted", Some("Running"), Some(("Running", true))), Action::DeleteVmi),
-            (seen("Halted", None, None), Action::Nothing),
-        ];
-        for (seen, action) in cases {
-            assert_eq!(decide(&seen), action, "{seen:?}");
-        }
+/// One object's trouble is not the others'.
+fn logged(object: &Value, outcome: Result<(), Error>) {
+    if let Err(error) = outcome {
+        let (namespace, name) = (&object["metadata"]["namespace"], &object["metadata"]["name"]);
+        tracing::warn!(%namespace, %name, kind = %object["kind"], %error, "trying again");
     }
+}
 
-    #[test]
-    fn rerun_on_failure_lets_a_guest_that_switched_itself_off_rest() {
-        assert_eq!(decide(&seen("RerunOnFailure", Some("Succeeded"), Some(("Succeeded", false)))), Action::Nothing);
-        assert_eq!(decide(&seen("RerunOnFailure", Some("Failed"), Some(("Failed", false)))), Action::DeleteVmi);
+/// What of a status is not as it should be.
+pub async fn write_status(client: &Client, kind: Kind, object: &Value, wanted: &Value) -> Result<(), Error> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    if let Some(change) = difference(&object["status"], wanted) {
+        let patch = serde_json::json!({ "status": change });
+        let (namespace, name) = (text(&object["metadata"]["namespace"]), text(&object["metadata"]["name"]));
+        merge(client, kind, &namespace, &name, &patch).await?;
     }
+    Ok(())
 }

@@ -17,6 +17,8 @@ const SCAN: Duration = Duration::from_millis(300);
 /// An error of Info ends virt-launcher.
 const INFO_DEADLINE: Duration = Duration::from_secs(1);
 const DEFINE_DEADLINE: Duration = Duration::from_secs(60);
+/// Of virt-handler's call for a migration's target, inside which the hooks are asked.
+const TARGET_DEADLINE: Duration = Duration::from_secs(20);
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What virt-launcher would end with, or report.
@@ -68,12 +70,20 @@ impl Hooks {
 
     /// One round: every sidecar gets the answer of the one before. The first gets what KubeVirt's own schema keeps of `xml`.
     pub async fn on_define_domain(&self, xml: &str, vmi: &str) -> Result<String, Error> {
+        self.round(xml, vmi, DEFINE_DEADLINE).await
+    }
+
+    /// The round at a migration's target: answers are thrown away, refusals are not (`live-migration-target.go:212`).
+    pub async fn on_define_target(&self, xml: &str, vmi: &str) -> Result<(), Error> {
+        self.round(xml, vmi, TARGET_DEADLINE).await.map(drop)
+    }
+
+    async fn round(&self, xml: &str, vmi: &str, deadline: Duration) -> Result<String, Error> {
         let mut domain = lossy(xml.as_bytes()).map_err(|error| Error::Xml(error.to_string()))?;
         for socket in &self.sockets {
             let params = OnDefineDomainParams { domain_xml: domain.into(), vmi: vmi.to_owned().into() };
-            let answer = call(socket, DEFINE_DEADLINE, async |channel| {
-                CallbacksClient::new(channel).on_define_domain(params).await
-            });
+            let answer =
+                call(socket, deadline, async |channel| CallbacksClient::new(channel).on_define_domain(params).await);
             let answer = answer.await.map_err(|status| Error::Refused(Box::new(status)))?;
             domain = String::from_utf8(answer.domain_xml.to_vec()).map_err(|error| Error::Xml(error.to_string()))?;
         }

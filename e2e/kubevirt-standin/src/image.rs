@@ -75,20 +75,42 @@ fn copy(files: &BTreeSet<String>, tree: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Packs the image; `program` is this program, built.
+/// Packs the image; `program` is this program, built. The packages are a layer of their own, made anew when one of them changes.
 pub fn ensure(folders: &Folders, program: &Path) -> anyhow::Result<PathBuf> {
-    let tree = folders.root().join(format!("standin-tree-{}", std::process::id()));
-    std::fs::create_dir_all(&tree)?;
-    let result = fill(&tree, program).and_then(|()| {
+    let scratch = |name: &str| folders.images().join(format!(".{name}-{}", std::process::id()));
+    let base = folders.images().join(".kubevirt-standin-packages");
+    let stamp = base.with_extension("stamp");
+    let wanted = files()?;
+    let versions = versions(&wanted)?;
+    if std::fs::read_to_string(&stamp).ok().as_ref() != Some(&versions) {
+        let fresh = scratch("kubevirt-standin-packages");
+        std::fs::create_dir_all(&fresh)?;
+        packages(&wanted, &fresh)?;
+        if base.exists() {
+            std::fs::remove_dir_all(&base)?;
+        }
+        std::fs::rename(&fresh, &base)?;
+        std::fs::write(&stamp, versions)?;
+    }
+    let own = scratch("kubevirt-standin-own");
+    std::fs::create_dir_all(&own)?;
+    let result = fill(&own, program).and_then(|()| {
         let image = Image { name: LAUNCHER_IMAGE, config: json!({ "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"] }) };
-        Ok(images::pack(folders, "kubevirt-standin-launcher", &tree, &[image])?)
+        Ok(images::pack(folders, "kubevirt-standin-launcher", &[&base, &own], &[image])?)
     });
-    std::fs::remove_dir_all(&tree)?;
+    std::fs::remove_dir_all(&own)?;
     result
 }
 
-fn fill(tree: &Path, program: &Path) -> anyhow::Result<()> {
-    copy(&files()?, tree)?;
+/// Changes with what is installed.
+fn versions(files: &BTreeSet<String>) -> anyhow::Result<String> {
+    let installed = output("dpkg-query", &["-W", "-f", "${Package} ${Version}\n"])?;
+    Ok(format!("{installed}{} files\n", files.len()))
+}
+
+/// The lower layer.
+fn packages(files: &BTreeSet<String>, tree: &Path) -> anyhow::Result<()> {
+    copy(files, tree)?;
     for folder in ["etc", "run", "var", "tmp", "guest", "proc", "sys", "dev"] {
         std::fs::create_dir_all(tree.join(folder))?;
     }
@@ -104,9 +126,19 @@ fn fill(tree: &Path, program: &Path) -> anyhow::Result<()> {
         "root:x:0:0::/:/bin/sh\nqemu:x:107:107::/var/run/kubevirt-private:/bin/sh\n",
     )?;
     std::fs::write(tree.join("etc/group"), "root:x:0:\nqemu:x:107:\n")?;
+    Ok(())
+}
+
+/// The upper layer: this program and the guest.
+fn fill(tree: &Path, program: &Path) -> anyhow::Result<()> {
+    for folder in ["guest", "usr/bin"] {
+        std::fs::create_dir_all(tree.join(folder))?;
+    }
     let BootFiles { kernel, initramfs } = BootFiles::prepare()?;
     std::fs::copy(kernel, tree.join("guest/vmlinuz"))?;
     std::fs::copy(initramfs, tree.join("guest/initramfs.cpio"))?;
-    std::fs::copy(program, tree.join("usr/bin/kubevirt-standin"))?;
+    // Debugging it takes the unstripped one; a node need not unpack 200 MB each time.
+    let strip = Command::new("strip").arg("-o").arg(tree.join("usr/bin/kubevirt-standin")).arg(program).status()?;
+    ensure!(strip.success(), "strip failed");
     Ok(())
 }

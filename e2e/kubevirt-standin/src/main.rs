@@ -1,13 +1,13 @@
 //! `kubevirt-standin`: what stands in for KubeVirt's programs, one subcommand each.
 
-use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
+use kube::{Client, Config};
 use kubevirt_standin::controller::Controller;
-use kubevirt_standin::{crds, image, launcher, monitor};
-use watari_clusters::folders::Folders;
-use watari_clusters::{handle, images};
+use kubevirt_standin::{image, install, launcher, monitor};
+use watari_clusters::handle::Pair;
 
 #[derive(Parser)]
 #[command(about = "Plays the part of KubeVirt that Watari touches; for tests only")]
@@ -18,12 +18,15 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum What {
-    /// Pack the launcher's image and give it to the nodes of our clusters.
-    Image,
-    /// virt-controller, for one cluster: makes the custom resources and works until it is killed.
+    /// Pack the image, give it to the nodes of our clusters, and start the stand-in on them.
+    Up,
+    /// Take the stand-in, its resources and with them all VMs off our clusters.
+    Down,
+    /// Everything of KubeVirt but virt-launcher, for one cluster; in a Pod.
     Controller {
-        #[arg(long)]
-        kubeconfig: PathBuf,
+        /// Of this Pod, for controllers of other clusters.
+        #[arg(long, env = "POD_IP")]
+        address: String,
     },
     /// virt-launcher; in the compute container.
     Launcher,
@@ -51,19 +54,16 @@ fn run(command: What) -> anyhow::Result<ExitCode> {
         let code = monitor::run(command)?;
         return Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)));
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let ours = async || Pair::open().await?.ours.context("the stand-in is for our own clusters");
     match command {
-        What::Image => {
-            let folders = Folders::from_environment()?;
-            image::ensure(&folders, &std::env::current_exe()?)?;
-            if let Some(plan) = folders.read_plan()? {
-                eprintln!("{} imports", images::import(&folders, &plan)?);
-            }
+        What::Up => {
+            runtime.block_on(async { install::up(&ours().await?, &std::env::current_exe()?).await })?;
         }
-        What::Controller { kubeconfig } => runtime.block_on(async {
-            let client = handle::client(&kubeconfig).await?;
-            crds::apply(&client).await?;
-            Controller::new(client, image::LAUNCHER_IMAGE).run().await;
+        What::Down => runtime.block_on(async { install::down(&ours().await?).await })?,
+        What::Controller { address } => runtime.block_on(async {
+            let client = Client::try_from(Config::incluster_env()?)?;
+            Controller::new(client, image::LAUNCHER_IMAGE, &address).run().await?;
             anyhow::Ok(())
         })?,
         What::Launcher => {

@@ -18,8 +18,16 @@ pub const HOOKS_ANNOTATION: &str = "hooks.kubevirt.io/hookSidecars";
 pub const HOOKS_FOLDER: &str = "/var/run/kubevirt-hooks";
 /// Private to compute; the guest's disks, consoles and control lines are below.
 pub const PRIVATE_FOLDER: &str = "/var/run/kubevirt-private";
-/// Written by the launcher once the guest runs.
-pub const RUNNING_FILE: &str = "/var/run/kubevirt-private/running";
+/// Set in the target of a migration.
+pub const TARGET_VARIABLE: &str = "STANDIN_TARGET";
+/// A JSON patch (RFC 6902) for the rendered Pod, in the place of a webhook; a test's own.
+pub const PATCH_ANNOTATION: &str = "standin.watari.internal/pod-patch";
+/// On the Pod of a migration's target: the VMIM's UID, and its name (`migration.go`).
+pub const JOB_UID_LABEL: &str = "kubevirt.io/migrationJobUID";
+pub const JOB_NAME_ANNOTATION: &str = "kubevirt.io/migrationJobName";
+/// The VMI's UID, on its Pods.
+pub const CREATED_BY_LABEL: &str = "kubevirt.io/created-by";
+const HOSTNAME_LABEL: &str = "kubernetes.io/hostname";
 /// The user of everything in the Pod (`template.go`, non-root VMIs).
 const USER: u32 = 107;
 /// Added to the VMI's own (`template.go:411`), whose default is 30.
@@ -30,6 +38,10 @@ const GRACE_SECONDS: i64 = 30;
 pub enum Error {
     #[error("annotation {HOOKS_ANNOTATION}: {0}")]
     Hooks(serde_json::Error),
+    #[error("annotation {PATCH_ANNOTATION}: {0}")]
+    Patch(serde_json::Error),
+    #[error("annotation {PATCH_ANNOTATION}: {0}")]
+    Patching(#[from] json_patch::PatchError),
     #[error("the VMI has no {0}")]
     Missing(&'static str),
 }
@@ -55,6 +67,8 @@ pub struct ClaimVolume {
     pub block: bool,
     /// What the claim asks for.
     pub bytes: u64,
+    /// Several Pods may write to it at once (ReadWriteMany).
+    pub shared: bool,
 }
 
 /// A claim as compute sees it.
@@ -64,14 +78,22 @@ pub struct DiskFile {
     pub path: String,
     pub block: bool,
     pub bytes: u64,
+    pub shared: bool,
+}
+
+impl DiskFile {
+    /// Where the claim is mounted.
+    pub fn folder(&self) -> String {
+        self.path.rsplit_once('/').map_or(String::new(), |(folder, _)| folder.to_owned())
+    }
 }
 
 impl ClaimVolume {
     fn disk_file(&self) -> DiskFile {
-        let (volume, block, bytes) = (self.volume.clone(), self.block, self.bytes);
+        let (volume, block, bytes, shared) = (self.volume.clone(), self.block, self.bytes, self.shared);
         let path =
             if block { format!("/dev/{volume}") } else { format!("{PRIVATE_FOLDER}/vmi-disks/{volume}/disk.img") };
-        DiskFile { volume, path, block, bytes }
+        DiskFile { volume, path, block, bytes, shared }
     }
 }
 
@@ -79,14 +101,28 @@ impl ClaimVolume {
 pub fn claims_of(vmi: &Value) -> Vec<(String, String)> {
     let volumes = vmi["spec"]["volumes"].as_array().cloned().unwrap_or_default();
     let named = |volume: &Value| {
-        let claim = volume["persistentVolumeClaim"]["claimName"].as_str()?;
+        // A DataVolume's claim has its name.
+        let claim = volume["persistentVolumeClaim"]["claimName"].as_str().or(volume["dataVolume"]["name"].as_str())?;
         Some((volume["name"].as_str()?.to_owned(), claim.to_owned()))
     };
     volumes.iter().filter_map(named).collect()
 }
 
+/// What makes a Pod the target of a migration (`RenderMigrationManifest`, `createTargetPod`).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Target {
+    pub vmim_name: String,
+    pub vmim_uid: String,
+    /// `addedNodeSelector`; the VMI's own wins.
+    pub added_node_selector: Map<String, Value>,
+    /// The node that the VM comes from, of another cluster: a node of that name is never chosen.
+    pub source_node: Option<String>,
+    /// Within a cluster the two Pods must not meet on one node. Kept only where there is another node: see FIDELITY.md.
+    pub apart: bool,
+}
+
 /// The Pod. `launcher_image` holds libvirt, QEMU and the launcher.
-pub fn pod(vmi: &Value, claims: &[ClaimVolume], launcher_image: &str) -> Result<Value, Error> {
+pub fn pod(vmi: &Value, claims: &[ClaimVolume], launcher_image: &str, target: Option<&Target>) -> Result<Value, Error> {
     let text = |value: &Value, what| value.as_str().map(str::to_owned).ok_or(Error::Missing(what));
     let name = text(&vmi["metadata"]["name"], "name")?;
     let uid = text(&vmi["metadata"]["uid"], "uid")?;
@@ -96,7 +132,7 @@ pub fn pod(vmi: &Value, claims: &[ClaimVolume], launcher_image: &str) -> Result<
 
     let mut labels = vmi["metadata"]["labels"].as_object().cloned().unwrap_or_default();
     labels.insert("kubevirt.io".into(), "virt-launcher".into());
-    labels.insert("kubevirt.io/created-by".into(), uid.clone().into());
+    labels.insert(CREATED_BY_LABEL.into(), uid.clone().into());
     labels.insert("vm.kubevirt.io/name".into(), name.clone().into());
     let mut annotations = vmi["metadata"]["annotations"].as_object().cloned().unwrap_or_else(Map::new);
     annotations.insert("kubevirt.io/domain".into(), name.clone().into());
@@ -107,8 +143,16 @@ pub fn pod(vmi: &Value, claims: &[ClaimVolume], launcher_image: &str) -> Result<
     }
     let mut containers = vec![compute(vmi, claims, hooks.len(), launcher_image)];
     containers.extend(hooks.iter().enumerate().map(|(index, hook)| sidecar(index, hook)));
+    if let Some(target) = target {
+        labels.insert(JOB_UID_LABEL.into(), target.vmim_uid.clone().into());
+        annotations.insert(JOB_NAME_ANNOTATION.into(), target.vmim_name.clone().into());
+        containers[0]["env"]
+            .as_array_mut()
+            .expect("compute has variables")
+            .push(json!({ "name": TARGET_VARIABLE, "value": "1" }));
+    }
     let grace = vmi["spec"]["terminationGracePeriodSeconds"].as_i64().unwrap_or(GRACE_SECONDS) + GRACE_SECONDS;
-    Ok(json!({
+    let mut pod = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
             "generateName": format!("virt-launcher-{name}-"), "labels": labels, "annotations": annotations,
@@ -123,12 +167,42 @@ pub fn pod(vmi: &Value, claims: &[ClaimVolume], launcher_image: &str) -> Result<
             "enableServiceLinks": false,
             "automountServiceAccountToken": false,
             "hostname": name,
-            "nodeSelector": vmi["spec"]["nodeSelector"],
+            "nodeSelector": node_selector(vmi, target),
+            "affinity": target.map(|target| affinity(target, &uid)),
+            "tolerations": vmi["spec"]["tolerations"],
             "securityContext": { "runAsUser": USER, "runAsGroup": USER, "runAsNonRoot": true, "fsGroup": USER },
             "containers": containers,
             "volumes": volumes,
         },
-    }))
+    });
+    if let Some(text) = vmi["metadata"]["annotations"][PATCH_ANNOTATION].as_str() {
+        let changes: json_patch::Patch = serde_json::from_str(text).map_err(Error::Patch)?;
+        json_patch::patch(&mut pod, &changes)?;
+    }
+    Ok(pod)
+}
+
+fn node_selector(vmi: &Value, target: Option<&Target>) -> Map<String, Value> {
+    let mut selector = target.map(|target| target.added_node_selector.clone()).unwrap_or_default();
+    selector.extend(vmi["spec"]["nodeSelector"].as_object().cloned().unwrap_or_default());
+    selector
+}
+
+/// `migration.go:893` and `:913`.
+fn affinity(target: &Target, uid: &str) -> Value {
+    let mut affinity = json!({});
+    if let Some(node) = &target.source_node {
+        let elsewhere = json!({ "key": HOSTNAME_LABEL, "operator": "NotIn", "values": [node] });
+        affinity["nodeAffinity"] = json!({ "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [{ "matchExpressions": [elsewhere] }],
+        } });
+    }
+    if target.apart {
+        affinity["podAntiAffinity"] = json!({ "requiredDuringSchedulingIgnoredDuringExecution": [{
+            "labelSelector": { "matchLabels": { CREATED_BY_LABEL: uid } }, "topologyKey": HOSTNAME_LABEL,
+        }] });
+    }
+    affinity
 }
 
 fn empty(name: &str) -> Value {
@@ -167,8 +241,6 @@ fn compute(vmi: &Value, claims: &[ClaimVolume], hooks: usize, image: &str) -> Va
             { "name": "XDG_CONFIG_HOME", "value": PRIVATE_FOLDER },
             { "name": "XDG_RUNTIME_DIR", "value": "/var/run" },
         ],
-        // In virt-handler's place: it would ask the launcher over a socket.
-        "readinessProbe": { "exec": { "command": ["/usr/bin/test", "-e", RUNNING_FILE] }, "periodSeconds": 1 },
         "securityContext": restricted(),
         "volumeMounts": mounts,
         "volumeDevices": devices,
@@ -211,8 +283,9 @@ mod tests {
     }
 
     fn rendered(annotations: Value, block: bool) -> Value {
-        let claims = [ClaimVolume { volume: "root".into(), claim: "data".into(), block, bytes: 1 << 20 }];
-        pod(&vmi(annotations), &claims, "launcher").unwrap()
+        let claims =
+            [ClaimVolume { volume: "root".into(), claim: "data".into(), block, bytes: 1 << 20, shared: false }];
+        pod(&vmi(annotations), &claims, "launcher", None).unwrap()
     }
 
     #[test]
@@ -245,7 +318,7 @@ mod tests {
 
     #[test]
     fn a_list_that_is_no_json_is_refused_at_rendering() {
-        assert!(matches!(pod(&vmi(json!({ HOOKS_ANNOTATION: "no" })), &[], "l"), Err(Error::Hooks(_))));
+        assert!(matches!(pod(&vmi(json!({ HOOKS_ANNOTATION: "no" })), &[], "l", None), Err(Error::Hooks(_))));
     }
 
     #[test]
@@ -255,5 +328,32 @@ mod tests {
         let folder = rendered(json!({}), false);
         let mounts = folder["spec"]["containers"][0]["volumeMounts"].as_array().unwrap();
         assert!(mounts.iter().any(|mount| mount["mountPath"] == "/var/run/kubevirt-private/vmi-disks/root"));
+    }
+    #[test]
+    fn a_target_carries_the_migrations_name_and_never_lands_on_a_node_called_like_the_sources() {
+        let added = json!({ "zone": "east", "own": "theirs" }).as_object().cloned().unwrap();
+        let target = Target {
+            vmim_name: "move".into(),
+            vmim_uid: "9".into(),
+            added_node_selector: added,
+            source_node: Some("a-1".into()),
+            apart: false,
+        };
+        let mut vmi = vmi(json!({}));
+        vmi["spec"]["nodeSelector"] = json!({ "own": "mine" });
+        let pod = pod(&vmi, &[], "l", Some(&target)).unwrap();
+        assert_eq!(pod["metadata"]["labels"][JOB_UID_LABEL], "9");
+        assert_eq!(pod["metadata"]["annotations"][JOB_NAME_ANNOTATION], "move");
+        assert_eq!(pod["spec"]["nodeSelector"], json!({ "zone": "east", "own": "mine" }));
+        let terms = &pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+        assert_eq!(terms["nodeSelectorTerms"][0]["matchExpressions"][0]["values"][0], "a-1");
+        assert!(pod["spec"]["containers"][0]["env"].to_string().contains(TARGET_VARIABLE));
+    }
+
+    #[test]
+    fn a_test_may_patch_the_pod_where_no_webhook_does() {
+        let patch = r#"[{ "op": "add", "path": "/spec/volumes/-", "value": { "name": "config" } }]"#;
+        let pod = rendered(json!({ PATCH_ANNOTATION: patch }), false);
+        assert_eq!(pod["spec"]["volumes"].as_array().unwrap().last().unwrap()["name"], "config");
     }
 }

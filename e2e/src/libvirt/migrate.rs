@@ -91,7 +91,7 @@ impl LibvirtSite {
         let log = self.folder.join(format!("migrate-{number}.log"));
         let virsh = Builder::new(format!("virsh migrate@{}", self.name), "virsh", log)
             .args(["-q", "-c", &self.uri(), "migrate"])
-            .args(arguments(&folder, &copied, options))
+            .args(virsh_arguments("system", &folder, &copied, options))
             .args(["--domain", &domain])
             .spawn()?;
         let (started, timeout) = (Instant::now(), options.timeout);
@@ -99,9 +99,10 @@ impl LibvirtSite {
     }
 }
 
-/// `copied` are the disks that libvirt is to copy. As in virt-launcher (`live-migration-source.go:1111`) both the list and the URI are there only if
+/// virsh's arguments for virt-launcher's call, but for the domain. `daemon` is "system" or "session", `folder` has the sockets, `copied` are the
+/// disks that libvirt is to copy. As in virt-launcher (`live-migration-source.go:1111`) both the list and the URI are there only if
 /// there is one.
-fn arguments(folder: &str, copied: &[String], options: &MigrationOptions) -> Vec<String> {
+pub fn virsh_arguments(daemon: &str, folder: &str, copied: &[String], options: &MigrationOptions) -> Vec<String> {
     let mut arguments: Vec<String> =
         ["--live", "--p2p", "--persistent", "--copy-storage-inc"].map(str::to_owned).into();
     let mut add = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
@@ -110,7 +111,7 @@ fn arguments(folder: &str, copied: &[String], options: &MigrationOptions) -> Vec
         add("--disks-uri", format!("unix://{folder}/{DISKS}"));
     }
     add("--migrateuri", format!("unix://{folder}/{MEMORY}"));
-    add("--desturi", format!("qemu+unix:///system?socket={folder}/{LIBVIRT}"));
+    add("--desturi", format!("qemu+unix:///{daemon}?socket={folder}/{LIBVIRT}"));
     if options.bandwidth_mib > 0 {
         add("--bandwidth", options.bandwidth_mib.to_string());
     }
@@ -170,8 +171,8 @@ mod tests {
             --migrateuri unix:///run/migration/0/memory.sock --desturi qemu+unix:///system?socket=/run/migration/0/libvirt.sock \
             --parallel-connections 8 --parallel";
         let copied = ["sda".to_owned(), "vdc".to_owned()];
-        assert_eq!(arguments("/run/migration/0", &copied, &options).join(" "), expected);
-        let none = arguments("/run/migration/0", &[], &options).join(" ");
+        assert_eq!(virsh_arguments("system", "/run/migration/0", &copied, &options).join(" "), expected);
+        let none = virsh_arguments("system", "/run/migration/0", &[], &options).join(" ");
         assert!(!none.contains("--migrate-disks") && !none.contains("--disks-uri"), "{none}");
     }
 

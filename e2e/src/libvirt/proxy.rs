@@ -21,9 +21,9 @@ use serde::Serialize;
 use super::{Error, LibvirtSite};
 
 /// What a migration needs: file names below the migration's folder.
-pub(super) const LIBVIRT: &str = "libvirt.sock";
-pub(super) const MEMORY: &str = "memory.sock";
-pub(super) const DISKS: &str = "disks.sock";
+pub const LIBVIRT: &str = "libvirt.sock";
+pub const MEMORY: &str = "memory.sock";
+pub const DISKS: &str = "disks.sock";
 const CHANNELS: [&str; 3] = [LIBVIRT, MEMORY, DISKS];
 /// A site that does not answer for this long is unreachable; virt-handler's dial gives up as well.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
