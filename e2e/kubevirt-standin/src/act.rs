@@ -17,8 +17,9 @@ use crate::seen::{
 use crate::talk::{self, Request};
 use crate::{subresources, vm, vmi};
 
-/// Of a VMIM while it is at work (`VirtualMachineInstanceMigrationFinalizer`).
-pub const VMIM_FINALIZER: &str = "kubevirt.io/migrationJobFinalize";
+/// Of a VMIM while it is at work: virt-controller's, and the synchronization controller's.
+const VMIM_FINALIZERS: [&str; 2] =
+    ["kubevirt.io/migrationJobFinalize", "synchronization.kubevirt.io/migrationFinalizer"];
 const VMI_NAME_LABEL: &str = "kubevirt.io/vmi-name";
 const NODE_LABEL: &str = "kubevirt.io/nodeName";
 
@@ -171,8 +172,12 @@ impl Cluster {
         match action {
             migration::Action::Phase(phase) => self.enter(seen.vmim, vmi, phase, sync_address).await?,
             migration::Action::Begin(state) => {
+                // It goes with its VMI.
+                let owner = json!({
+                    "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "name": vmi_name, "uid": uid(vmi),
+                });
                 let patch = json!({ "metadata": {
-                    "labels": { VMI_NAME_LABEL: vmi_name }, "finalizers": [VMIM_FINALIZER],
+                    "labels": { VMI_NAME_LABEL: vmi_name }, "finalizers": VMIM_FINALIZERS, "ownerReferences": [owner],
                 } });
                 merge(&self.client, Kind::Vmim, namespace, name, &patch).await?;
                 // What an earlier migration left must not shine through.

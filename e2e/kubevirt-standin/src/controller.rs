@@ -173,9 +173,12 @@ impl Controller {
     async fn vmi(&self, vmi: &Value, world: &World) -> Result<(), Error> {
         let pods: Vec<&PodSeen> = world.pods.iter().filter(|pod| pod.vmi_uid == uid(vmi)).collect();
         let pod = current_pod(vmi, pods.iter().copied());
-        // A claim that is not there yet keeps the VMI waiting, as KubeVirt does.
-        let claims = self.claims(vmi).await?;
-        self.cluster.vmi(vmi, vmi::decide(vmi, pod, &pods), &claims, &pods).await?;
+        let (claims, complete) = self.claims(vmi).await?;
+        match vmi::decide(vmi, pod, &pods) {
+            // A claim that is not there yet keeps the VMI waiting, as KubeVirt does.
+            vmi::Action::CreatePod if !complete => {}
+            action => self.cluster.vmi(vmi, action, &claims, &pods).await?,
+        }
         let trouble = pod.and_then(|pod| pod.report.as_ref()).and_then(|report| report.trouble.as_ref());
         let known =
             |text: &String| vmi["status"]["conditions"].to_string().contains(&Value::from(text.as_str()).to_string());
@@ -213,7 +216,10 @@ impl Controller {
             vmi,
             source: source.or_else(|| vmi.and_then(|vmi| current_pod(vmi, &world.pods))),
             target: pods().find(|pod| pod.job.as_deref() == Some(uid(vmim))),
-            peer: Peer { cancelled: word.message.as_ref().is_some_and(|peer| peer.cancelled), told: word.told || act::deleted_for_seconds(vmim) > PEER_PATIENCE_SECONDS },
+            peer: Peer {
+                cancelled: word.message.as_ref().is_some_and(|peer| peer.cancelled),
+                told: word.told || act::deleted_for_seconds(vmim) > PEER_PATIENCE_SECONDS,
+            },
             more_nodes: world.nodes > 1,
             age: act::age_seconds(vmim),
         };
@@ -225,10 +231,13 @@ impl Controller {
     }
 
     async fn migrate(&self, seen: &Seen<'_>, action: migration::Action) -> Result<(), Error> {
-        let claims = match (&action, seen.vmi) {
+        let (claims, complete) = match (&action, seen.vmi) {
             (migration::Action::CreateTarget(_), Some(vmi)) => self.claims(vmi).await?,
-            _ => Vec::new(),
+            _ => (Vec::new(), true),
         };
+        if !complete {
+            return Ok(());
+        }
         self.cluster.migration(seen, action, &claims, &self.address).await
     }
 
@@ -249,12 +258,17 @@ impl Controller {
         self.board.pin(side, ours, connect.as_deref(), Quirks::of(vmim).unreachable)
     }
 
-    async fn claims(&self, vmi: &Value) -> Result<Vec<ClaimVolume>, Error> {
+    /// The VMI's claims as far as they are there, and whether all are.
+    async fn claims(&self, vmi: &Value) -> Result<(Vec<ClaimVolume>, bool), Error> {
         let namespace = vmi["metadata"]["namespace"].as_str().unwrap_or_default();
         let api: Api<PersistentVolumeClaim> = Api::namespaced(self.cluster.client.clone(), namespace);
-        let mut claims = Vec::new();
+        let (mut claims, mut complete) = (Vec::new(), true);
         for (volume, claim) in render::claims_of(vmi) {
-            let spec = api.get(&claim).await?.spec.unwrap_or_default();
+            let Some(found) = api.get_opt(&claim).await? else {
+                complete = false;
+                continue;
+            };
+            let spec = found.spec.unwrap_or_default();
             let requests = spec.resources.and_then(|resources| resources.requests).unwrap_or_default();
             let bytes = requests.get("storage").map(|size| bytes(&size.0)).transpose()?.unwrap_or_default();
             let shared = spec.access_modes.iter().flatten().any(|mode| mode == "ReadWriteMany");
@@ -266,7 +280,7 @@ impl Controller {
                 shared,
             });
         }
-        Ok(claims)
+        Ok((claims, complete))
     }
 }
 

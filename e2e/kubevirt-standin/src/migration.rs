@@ -172,7 +172,9 @@ pub fn decide(seen: &Seen) -> Vec<Action> {
         (Some(reason), _) => actions.extend(fail(seen, &role, &reason)),
         (None, Some(_)) if is_deleting(seen.vmim) && now == Phase::Running && role.has_source() => {
             actions.push(Action::Abort);
-            actions.push(Action::State(json!({ "abortRequested": true, "abortStatus": "Aborting" })));
+            if state(seen)["abortRequested"] != true {
+                actions.push(Action::State(json!({ "abortRequested": true, "abortStatus": "Aborting" })));
+            }
             actions.extend(step(seen, &role, now));
         }
         (None, Some(_)) => actions.extend(step(seen, &role, now)),
@@ -216,7 +218,9 @@ fn failure(seen: &Seen, role: &Role, now: Phase) -> Option<String> {
         return Some("VMI's migration state was taken over by another migration job during active migration.".into());
     }
     if let Leaving::Failed(reason) = leaving(seen) {
-        return Some(reason.clone());
+        // virt-launcher's words, whatever libvirt said.
+        let aborted = is_deleting(seen.vmim).then(|| "Live migration has been aborted".to_owned());
+        return Some(aborted.unwrap_or_else(|| reason.clone()));
     }
     if state["failed"] == true {
         return Some(state["failureReason"].as_str().unwrap_or("source node reported migration failed").to_owned());

@@ -45,7 +45,7 @@ pub struct PodSeen {
 impl PodSeen {
     pub fn of(pod: &Pod) -> PodSeen {
         let status = pod.status.clone().unwrap_or_default();
-        let others = status.container_statuses.iter().flatten().filter(|container| container.name != "compute");
+        let mut others = status.container_statuses.iter().flatten().filter(|container| container.name != "compute");
         PodSeen {
             name: pod.name_any(),
             namespace: pod.namespace().unwrap_or_default(),
@@ -53,7 +53,7 @@ impl PodSeen {
             vmi_uid: pod.labels().get(CREATED_BY_LABEL).cloned().unwrap_or_default(),
             job: pod.labels().get(JOB_UID_LABEL).cloned(),
             arrived: pod.annotations().contains_key(TARGET_READY_ANNOTATION),
-            ready: others.fold(true, |ready, container| ready && container.ready),
+            ready: others.all(|container| container.ready),
             node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
             address: status.pod_ip.as_deref().and_then(|address| address.parse().ok()),
             phase: status.phase.unwrap_or_default(),

@@ -139,8 +139,9 @@ impl Board {
     fn due(&self) -> Vec<(Key, String, Message)> {
         self.entries(|entries| {
             let due = entries.iter_mut().filter(|((side, _), entry)| {
-                let over = entry.ours.ended && entry.peer.message.as_ref().is_some_and(|peer| peer.ended);
-                *side == Side::Source && !entry.calling && !entry.unreachable && !(over && entry.peer.told)
+                let ended = entry.ours.ended && entry.peer.message.as_ref().is_some_and(|peer| peer.ended);
+                let idle = entry.calling || entry.unreachable || ended && entry.peer.told;
+                *side == Side::Source && !idle
             });
             due.filter_map(|(key, entry)| {
                 entry.calling = true;

@@ -7,7 +7,7 @@ use crate::seen::{
 };
 
 /// Keeps a VMI until its Pods are gone (`VirtualMachineInstanceFinalizer`).
-pub const VMI_FINALIZER: &str = "foregroundDeleteVirtualMachine";
+pub const VMI_FINALIZER: &str = "kubevirt.io/foregroundDeleteVirtualMachine";
 
 /// The next thing to do.
 #[derive(Clone, Debug, PartialEq)]

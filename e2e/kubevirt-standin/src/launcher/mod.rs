@@ -152,6 +152,8 @@ impl Launcher {
     ) -> Result<bool, Error> {
         let begin = Instant::now();
         let mut doors = None;
+        // A guest that arrives is paused for more reasons than one before it runs here for the first time.
+        let mut ran = seen;
         let (mut unpause, mut paused) = (UNPAUSE.iter(), None);
         loop {
             tokio::select! {
@@ -176,16 +178,17 @@ impl Launcher {
                 State::Unknown if seen => return self.last_words(false).await,
                 State::Unknown if doors.is_none() && begin.elapsed() > DOMAIN_PATIENCE => return Err(Error::NoDomain),
                 State::Unknown => {}
-                State::Incoming => {
+                State::Incoming | State::Paused(_) if !ran => {
                     seen = true;
                     self.server.update(|report| report.life = Life::Incoming);
                 }
                 State::Running => {
-                    (seen, unpause, paused) = (true, UNPAUSE.iter(), None);
+                    (seen, ran, unpause, paused) = (true, true, UNPAUSE.iter(), None);
                     self.server.update(|report| report.life = Life::Running);
                 }
+                // A guest that leaves has this state for a moment, too.
+                State::Incoming => {}
                 State::Paused(reason) => {
-                    seen = true;
                     let since = *paused.get_or_insert_with(Instant::now);
                     if reason == "I/O error" && unpause.as_slice().first().is_some_and(|wait| since.elapsed() >= *wait)
                     {
