@@ -1,6 +1,7 @@
 //! Our sidecar in a real virt-launcher Pod: hook rounds, the disk over NBD, the guest's data on the claim.
 //!
-//! The mounts that the operator's webhook adds are added here by the stand-in's own annotation, a JSON patch of the rendered Pod.
+//! What the operator's webhook does to the Pod is done here by the stand-in's own annotation, a JSON patch: our container becomes a
+//! native sidecar (as a plain one it would stay for ever, since it leaves on SIGTERM only) and gets its mounts.
 
 use std::process::Command;
 
@@ -44,30 +45,34 @@ dir = "/var/run/kubevirt-hooks"
 outside_kubernetes = false
 "#;
 
-/// The sidecar's own volumes in its container (the second one), and the sockets' folder in both.
+/// The hook's container as a native sidecar with its own volumes, and the sockets' folder in both containers.
 fn patch() -> String {
     let volume = |name: &str, source: serde_json::Value| {
         let mut volume = json!({ "name": name });
         json_patch::merge(&mut volume, &source);
         json!({ "op": "add", "path": "/spec/volumes/-", "value": volume })
     };
-    let mount = |container: usize, name: &str, path: &str| {
+    let (compute, sidecar) = ("containers/0", "initContainers/0");
+    let mount = |container: &str, name: &str, path: &str| {
         let value = json!({ "name": name, "mountPath": path });
-        json!({ "op": "add", "path": format!("/spec/containers/{container}/volumeMounts/-"), "value": value })
+        json!({ "op": "add", "path": format!("/spec/{container}/volumeMounts/-"), "value": value })
     };
     json!([
+        json!({ "op": "add", "path": "/spec/initContainers", "value": [] }),
+        json!({ "op": "move", "from": "/spec/containers/1", "path": "/spec/initContainers/0" }),
+        json!({ "op": "add", "path": "/spec/initContainers/0/restartPolicy", "value": "Always" }),
         volume("watari-config", json!({ "configMap": { "name": "watari" } })),
         volume("watari-tls", json!({ "secret": { "secretName": "watari" } })),
         volume("watari-nbd", json!({ "emptyDir": {} })),
         volume("watari-runtime", json!({ "emptyDir": { "medium": "Memory" } })),
         volume("watari-metadata", json!({ "persistentVolumeClaim": { "claimName": "metadata" } })),
-        mount(0, "watari-nbd", "/var/run/watari"),
-        mount(1, "watari-nbd", "/var/run/watari"),
-        mount(1, "watari-config", "/watari/config"),
-        mount(1, "watari-tls", "/watari/tls"),
-        mount(1, "watari-runtime", "/watari/runtime"),
-        mount(1, "watari-metadata", "/watari/metadata"),
-        mount(1, "root", "/watari/disks/root"),
+        mount(compute, "watari-nbd", "/var/run/watari"),
+        mount(sidecar, "watari-nbd", "/var/run/watari"),
+        mount(sidecar, "watari-config", "/watari/config"),
+        mount(sidecar, "watari-tls", "/watari/tls"),
+        mount(sidecar, "watari-runtime", "/watari/runtime"),
+        mount(sidecar, "watari-metadata", "/watari/metadata"),
+        mount(sidecar, "root", "/watari/disks/root"),
     ])
     .to_string()
 }
@@ -122,7 +127,7 @@ async fn a_vm_with_our_hook_sidecar_boots_from_its_disk_over_nbd_and_its_pod_com
         let pods = stage.scene.pods(a);
         let compute = pods.logs(&pod, &log("compute")).await?;
         ensure!(compute.contains("hook sidecars are here"), "{compute}");
-        // The guest switches itself off: QEMU's end, the hooks' Shutdown, and a sidecar that exits with 0.
+        // The guest switches itself off: QEMU's end, the hooks' Shutdown, a sidecar that leaves when compute has.
         tokio::task::block_in_place(|| guest.control.power_off());
         until("the Pod to complete", PATIENCE, || async {
             let phase = pods.get_opt(&pod).await?.and_then(|pod| pod.status).and_then(|status| status.phase);
