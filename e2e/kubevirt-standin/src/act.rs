@@ -260,7 +260,8 @@ async fn order(pod: Option<&PodSeen>, request: Request) {
     }
 }
 
-/// An event of an object.
+/// An event of an object. One that cannot be written is lost: a namespace that is being deleted takes none, and what happens in it
+/// must go on nevertheless.
 pub async fn event(client: &Client, object: &Value, reason: &str, message: &str) -> Result<(), Error> {
     let (namespace, name) = place(object);
     let event = json!({
@@ -272,7 +273,9 @@ pub async fn event(client: &Client, object: &Value, reason: &str, message: &str)
         "firstTimestamp": timestamp(), "lastTimestamp": timestamp(), "count": 1, "source": { "component": MANAGER },
     });
     let api: Api<Event> = Api::namespaced(client.clone(), namespace);
-    api.create(&PostParams::default(), &serde_json::from_value(event)?).await?;
+    if let Err(error) = api.create(&PostParams::default(), &serde_json::from_value(event)?).await {
+        tracing::warn!(%error, namespace, name, reason, message, "an event is lost");
+    }
     Ok(())
 }
 
