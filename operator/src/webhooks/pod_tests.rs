@@ -141,6 +141,9 @@ fn wiring_a_wired_pod_again_changes_nothing() {
     assert_eq!(wired(once.clone()), once);
 }
 
+/// What a case makes different from the sound object.
+type Change<'a> = &'a dyn Fn(&mut Value);
+
 #[test]
 fn a_pod_that_does_not_fit_its_wiring_is_refused_with_the_reason() {
     let change = |change: &dyn Fn(&mut Value)| {
@@ -148,7 +151,7 @@ fn a_pod_that_does_not_fit_its_wiring_is_refused_with_the_reason() {
         change(&mut pod);
         refused(pod)
     };
-    let cases: [(&str, &dyn Fn(&mut Value)); 5] = [
+    let cases: [(&str, Change); 5] = [
         ("no container of ours", &|pod| drop(array(&mut pod["spec"], "containers").pop())),
         ("no container named compute", &|pod| pod["spec"]["containers"][0]["name"] = json!("other")),
         ("no volume of that name", &|pod| pod["spec"]["volumes"][2]["name"] = json!("other")),

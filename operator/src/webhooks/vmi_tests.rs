@@ -86,6 +86,9 @@ fn a_volume_without_a_device_counts_as_the_disk_that_it_will_become() {
     assert_eq!(names(&wired(before)["spec"]["volumes"]), ["root", "data", "scratch"]);
 }
 
+/// What a case makes different from the sound object.
+type Change<'a> = &'a dyn Fn(&mut Value);
+
 #[test]
 fn a_disk_that_cannot_go_through_the_sidecar_is_refused_by_name_with_the_remedy() {
     let change = |change: &dyn Fn(&mut Value)| {
@@ -93,7 +96,7 @@ fn a_disk_that_cannot_go_through_the_sidecar_is_refused_by_name_with_the_remedy(
         change(&mut vmi);
         refused(vmi)
     };
-    let cases: [(&str, &dyn Fn(&mut Value)); 6] = [
+    let cases: [(&str, Change); 6] = [
         ("no volume of that name", &|vmi| vmi["spec"]["volumes"][0]["name"] = json!("other")),
         ("a volume that is no claim", &|vmi| vmi["spec"]["volumes"][0] = json!({ "name": "root", "emptyDisk": {} })),
         ("hotplugged", &|vmi| vmi["spec"]["volumes"][0]["persistentVolumeClaim"]["hotpluggable"] = json!(true)),

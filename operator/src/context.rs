@@ -1,0 +1,35 @@
+//! What every controller holds: the client of its own cluster, its settings, clients of peers.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::{Api, Client};
+use tokio::sync::Mutex;
+
+use crate::settings::Settings;
+
+/// Shared by all controllers.
+#[derive(Clone)]
+pub struct Context {
+    pub client: Client,
+    pub settings: Arc<Settings>,
+    /// By PeerCluster, with the version of the Secret that it was made of.
+    pub(crate) peers: Arc<Mutex<HashMap<String, (String, Client)>>>,
+}
+
+impl Context {
+    pub fn new(client: Client, settings: Settings) -> Context {
+        Context { client, settings: Arc::new(settings), peers: Arc::default() }
+    }
+
+    /// Secrets of the operator's own namespace.
+    pub fn own_secrets(&self) -> Api<Secret> {
+        Api::namespaced(self.client.clone(), &self.settings.namespace)
+    }
+
+    /// ConfigMaps of the operator's own namespace.
+    pub fn own_config_maps(&self) -> Api<ConfigMap> {
+        Api::namespaced(self.client.clone(), &self.settings.namespace)
+    }
+}

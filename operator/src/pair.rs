@@ -1,0 +1,83 @@
+//! The SyncPair controller, at the VM's home: the replica at the peer, the wiring of the VM, what its sidecar says.
+//!
+//! observe → validate → decide (pure) → act → report. It never restarts a VM: what waits for a restart is a condition.
+
+pub mod act;
+pub mod decide;
+pub mod disks;
+pub mod observe;
+pub mod report;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use kube::runtime::controller::{Action, Controller};
+use kube::runtime::watcher;
+use kube::{Api, ResourceExt};
+use watari_crds::pair::SyncPair;
+
+use crate::context::Context;
+use crate::{authority, sidecar};
+
+/// How often a pair is looked at; its status is at most this old.
+const PERIOD: Duration = Duration::from_secs(10);
+/// After an error.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Why a reconcile could not be finished; the next one begins from what it observes.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+    #[error(transparent)]
+    Certificate(#[from] authority::Error),
+    #[error(transparent)]
+    Sidecar(#[from] sidecar::Error),
+    /// What the peer stored is not what was sent: its definitions do not know a field.
+    #[error(
+        "the peer stored less than was sent: its definitions are older; upgrade the chart and its definitions there"
+    )]
+    PeerTooOld,
+}
+
+/// Runs until the process ends.
+pub async fn run(context: Context) {
+    let api: Api<SyncPair> = Api::all(context.client.clone());
+    Controller::new(api, watcher::Config::default())
+        .run(reconcile, |_, _, _| Action::requeue(RETRY), Arc::new(context))
+        .for_each(|result| async move {
+            if let Err(error) = result {
+                tracing::warn!(%error, "SyncPair: trying again");
+            }
+        })
+        .await;
+}
+
+async fn reconcile(pair: Arc<SyncPair>, context: Arc<Context>) -> Result<Action, Error> {
+    let (seen, peer) = observe::observe(&context, &pair).await?;
+    let decision = decide::decide(&pair, &context.settings.site, &seen);
+    let mut failure = None;
+    for step in &decision.steps {
+        if let Err(error) = act::act(&context, &pair, &seen, peer.as_ref(), step).await {
+            failure = Some(error);
+            break;
+        }
+    }
+    if decision.finished && failure.is_none() {
+        return Ok(Action::await_change());
+    }
+    report::report(&context, &pair, &seen, &decision, failure.as_ref().map(|error| error.to_string())).await?;
+    failure.map_or(Ok(Action::requeue(PERIOD)), Err)
+}
+
+/// The namespace of the pair's replica at the peer.
+pub fn target_namespace(pair: &SyncPair) -> String {
+    let own = || pair.namespace().expect("a SyncPair is namespaced");
+    pair.spec.target_namespace.clone().unwrap_or_else(own)
+}
+
+/// The pair's id: its UID, in the form of the API server.
+pub fn pair_id(pair: &SyncPair) -> String {
+    pair.uid().expect("an object that was read has a UID")
+}

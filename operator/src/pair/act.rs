@@ -1,0 +1,165 @@
+//! Does one step at a time; each can be repeated.
+
+use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Service};
+use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::{Api, Client, ResourceExt};
+use serde_json::json;
+use watari_crds::kubevirt::VirtualMachine;
+use watari_crds::names::{self, annotation, finalizer, label, role};
+use watari_crds::pair::SyncPair;
+use watari_crds::quantity;
+use watari_crds::replica::{SyncReplica, SyncReplicaSpec};
+use watari_crds::wiring::{VolumeMode, Wiring};
+use watari_wire::control::ConfigureRequest;
+
+use super::decide::{Furniture, Step};
+use super::observe::Seen;
+use super::{Error, pair_id, target_namespace};
+use crate::apply::apply;
+use crate::authority;
+use crate::configuration::{Disk, Sidecar as Configuration};
+use crate::context::Context;
+use crate::objects::{self, Claim};
+use crate::replica::act::{delete, unfurnish};
+use crate::sidecar::Sidecar;
+
+/// `peer` is the peer's client; without one no step concerns the peer.
+pub async fn act(
+    context: &Context,
+    pair: &SyncPair,
+    seen: &Seen,
+    peer: Option<&Client>,
+    step: &Step,
+) -> Result<(), Error> {
+    let namespace = pair.namespace().expect("a SyncPair is namespaced");
+    match step {
+        Step::SetFinalizer => set_finalizer(context, pair, true).await?,
+        Step::RemoveFinalizer => set_finalizer(context, pair, false).await?,
+        Step::Furnish(furniture) => furnish(context, &namespace, pair, furniture).await?,
+        Step::WireVm(wiring) => wire(context, &namespace, pair, Some(wiring)).await?,
+        Step::UnwireVm => wire(context, &namespace, pair, None).await?,
+        Step::ApplyReplica(spec) => apply_replica(pair, peer, spec).await?,
+        Step::DeleteReplica => delete_replica(pair, peer).await?,
+        Step::Configure => configure(context, &namespace, pair, seen).await?,
+        Step::Unfurnish => {
+            let id = pair_id(pair);
+            delete::<PersistentVolumeClaim>(context.client.clone(), &namespace, &names::metadata_claim(&id)).await?;
+            unfurnish(context.client.clone(), &namespace, &id).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn set_finalizer(context: &Context, pair: &SyncPair, wanted: bool) -> kube::Result<()> {
+    let mut list: Vec<String> = pair.finalizers().iter().filter(|it| *it != finalizer::PAIR).cloned().collect();
+    if wanted {
+        list.push(finalizer::PAIR.to_owned());
+    }
+    // The version makes it fail when somebody else changed the list meanwhile.
+    let patch = json!({ "metadata": { "finalizers": list, "resourceVersion": pair.metadata.resource_version } });
+    let api: Api<SyncPair> = Api::namespaced(context.client.clone(), &pair.namespace().unwrap_or_default());
+    api.patch(&pair.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+    Ok(())
+}
+
+async fn furnish(context: &Context, namespace: &str, pair: &SyncPair, furniture: &Furniture) -> Result<(), Error> {
+    let (id, vm) = (pair_id(pair), pair.spec.vm_name.as_str());
+    authority::certify(context, namespace, &id, &furniture.peer_authorities).await?;
+    let toml = configuration(pair, &context.settings.site, furniture).to_toml();
+    let client = || context.client.clone();
+    apply(&Api::<ConfigMap>::namespaced(client(), namespace), &objects::configuration(&id, vm, &toml)).await?;
+    apply(&Api::<Service>::namespaced(client(), namespace), &objects::service(&id, vm)).await?;
+    let claims: Api<PersistentVolumeClaim> = Api::namespaced(client(), namespace);
+    let name = names::metadata_claim(&id);
+    // A claim's specification cannot be changed, and one that exists is right.
+    if claims.get_metadata_opt(&name).await?.is_none() {
+        let claim = Claim {
+            name: &name,
+            pair_id: &id,
+            vm,
+            role: role::METADATA,
+            bytes: furniture.metadata_bytes,
+            mode: VolumeMode::Filesystem,
+            access: furniture.access,
+            class: furniture.class.as_deref(),
+        };
+        apply(&claims, &claim.to_object()).await?;
+    }
+    Ok(())
+}
+
+fn configuration(pair: &SyncPair, site: &str, furniture: &Furniture) -> Configuration {
+    // No size: the VM's disks exist, and the sidecar records what it finds.
+    let disk = |disk: &super::disks::Disk| Disk { name: disk.name.clone(), mode: disk.mode, size_bytes: None };
+    Configuration {
+        site: site.to_owned(),
+        pair_id: pair_id(pair),
+        pair_name: format!("{}/{}", pair.namespace().unwrap_or_default(), pair.name_any()),
+        disks: furniture.disks.iter().map(disk).collect(),
+        interval: pair.spec.interval.into(),
+        bandwidth: bandwidth(pair),
+        retention_count: pair.spec.retention.count,
+        retention_age: pair.spec.retention.age.map(Into::into),
+        metadata_bytes: u64::try_from(furniture.metadata_bytes).unwrap_or_default(),
+        peers: furniture.gateways.clone(),
+    }
+}
+
+/// Bits per second. What is no quantity was refused by `decide`, and by the API server before.
+fn bandwidth(pair: &SyncPair) -> Option<u64> {
+    pair.spec.bandwidth.as_deref().and_then(|text| quantity::parse(text).ok())
+}
+
+/// A merge patch and not an apply: a VM that was deleted meanwhile must not be made of two fields.
+async fn wire(context: &Context, namespace: &str, pair: &SyncPair, wiring: Option<&Wiring>) -> kube::Result<()> {
+    let api: Api<VirtualMachine> = Api::namespaced(context.client.clone(), namespace);
+    let id = wiring.map(|wiring| wiring.pair_id.clone());
+    let patch = json!({ "spec": { "template": { "metadata": {
+        "labels": { label::PAIR: id },
+        "annotations": { annotation::WIRING: wiring.map(Wiring::to_annotation) },
+    } } } });
+    let parameters = PatchParams { field_manager: Some(names::FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+    match api.patch(&pair.spec.vm_name, &parameters, &Patch::Merge(patch)).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+async fn apply_replica(pair: &SyncPair, peer: Option<&Client>, spec: &SyncReplicaSpec) -> Result<(), Error> {
+    let Some(client) = peer else { return Ok(()) };
+    let api: Api<SyncReplica> = Api::namespaced(client.clone(), &target_namespace(pair));
+    let object = json!({
+        "apiVersion": format!("{}/{}", names::GROUP, names::VERSION), "kind": "SyncReplica",
+        "metadata": { "name": pair.name_any(), "labels": { label::PAIR: spec.pair_id, label::MANAGED: names::MANAGED_BY } },
+        "spec": spec,
+    });
+    let parameters = PatchParams::apply(names::FIELD_MANAGER_FROM_HOME).force();
+    let stored = api.patch(&pair.name_any(), &parameters, &Patch::Apply(&object)).await?;
+    if stored.spec != *spec {
+        return Err(Error::PeerTooOld);
+    }
+    Ok(())
+}
+
+async fn delete_replica(pair: &SyncPair, peer: Option<&Client>) -> kube::Result<()> {
+    let Some(client) = peer else { return Ok(()) };
+    let api: Api<SyncReplica> = Api::namespaced(client.clone(), &target_namespace(pair));
+    match api.delete(&pair.name_any(), &DeleteParams::default()).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+/// Settings that the running sidecar takes up without a restart. Repeating them changes nothing.
+async fn configure(context: &Context, namespace: &str, pair: &SyncPair, seen: &Seen) -> Result<(), Error> {
+    let Some(ip) = seen.launcher.as_ref().and_then(|pod| pod.ip.as_ref()) else { return Ok(()) };
+    let interval: std::time::Duration = pair.spec.interval.into();
+    let settings = ConfigureRequest {
+        interval_millis: u64::try_from(interval.as_millis()).ok(),
+        bandwidth_bits_per_second: Some(bandwidth(pair).unwrap_or(0)),
+        paused: Some(pair.spec.paused),
+        slow_down: None,
+    };
+    Sidecar::connect(context, namespace, &pair_id(pair), ip).await?.configure(settings).await?;
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! A pair's status: what the sidecar reports, in the API's words, and what follows for people.
+
+use jiff::Timestamp;
+use kube::{Api, ResourceExt};
+use watari_crds::conditions::{Finding, Kind, Reason, merged};
+use watari_crds::pair::{Committed, DiskStatus, LinkStatus, PredictedCutover, Summary, SyncPair, SyncPairStatus};
+use watari_crds::quantity;
+use watari_wire::report::Report;
+
+use super::decide::Decision;
+use super::observe::Seen;
+use crate::apply::apply_status;
+use crate::context::Context;
+
+/// Writes the status, if it changed.
+pub async fn report(
+    context: &Context,
+    pair: &SyncPair,
+    seen: &Seen,
+    decision: &Decision,
+    failure: Option<String>,
+) -> kube::Result<()> {
+    let before = pair.status.clone().unwrap_or_default();
+    let mut findings = decision.findings.clone();
+    if let Some(why) = failure {
+        findings.retain(|finding| finding.kind != Kind::Reconciling);
+        findings.push(Finding::new(Kind::Reconciling, true, Reason::Retrying, format!("Trying again: {why}.")));
+    }
+    let generation = pair.metadata.generation.unwrap_or_default();
+    let memory = seen.vm.as_ref().and_then(|vm| {
+        let domain = &vm.spec.template.spec.domain;
+        let text = domain.memory.guest.as_ref().or_else(|| domain.resources.requests.get("memory"))?;
+        quantity::parse(text).ok()
+    });
+    let figures = match &seen.report {
+        Some(report) => figures(report, memory.unwrap_or_default()),
+        // The last figures stay true of what the peer has; what concerns the moment goes.
+        None => {
+            SyncPairStatus { committed: before.committed.clone(), disks: before.disks.clone(), ..Default::default() }
+        }
+    };
+    let status = SyncPairStatus {
+        observed_generation: generation,
+        phase: decision.phase,
+        conditions: merged(&before.conditions, &findings, generation, Timestamp::now()),
+        ..figures
+    };
+    if status != before {
+        let namespace = pair.namespace().expect("a SyncPair is namespaced");
+        let api: Api<SyncPair> = Api::namespaced(context.client.clone(), &namespace);
+        apply_status(&api, "SyncPair", &pair.name_any(), &status).await?;
+    }
+    Ok(())
+}
+
+/// Everything of a status that a report tells. `memory` is the guest's, bytes.
+fn figures(report: &Report, memory: u64) -> SyncPairStatus {
+    let whole = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+    let generations = &report.generations;
+    let cut_time = Timestamp::from_millisecond(whole(generations.committed_cut_unix_millis)).ok();
+    let cut_time = cut_time.filter(|_| !generations.committed.is_empty());
+    let rate = report.link.rate_bytes_per_second;
+    let bytes = generations.lag_bytes.saturating_add(memory);
+    let seconds = (rate >= 1.0).then(|| (bytes as f64 / rate).ceil() as i64);
+    let disk = |disk: &watari_wire::report::DiskReport| DiskStatus {
+        name: disk.name.clone(),
+        size_bytes: whole(disk.size_bytes),
+        dirty_bytes: whole(disk.dirty_bytes),
+        staged_bytes: whole(disk.staged_bytes),
+    };
+    SyncPairStatus {
+        committed: cut_time.map(|cut_time| Committed { generation: generations.committed.clone(), cut_time }),
+        disks: report.disks.iter().map(disk).collect(),
+        lag_bytes: Some(whole(generations.lag_bytes)),
+        behind_because: Some(generations.behind_because.clone()).filter(|text| !text.is_empty()),
+        link: Some(LinkStatus {
+            connected: report.link.connected,
+            round_trip_millis: report.link.rtt_millis.round() as i64,
+            rate_bytes_per_second: rate.round() as i64,
+            content_bytes: whole(report.transfer.content_bytes),
+            wire_bytes: whole(report.transfer.wire_bytes),
+        }),
+        predicted_cutover: seconds.map(|transfer_seconds| PredictedCutover { bytes: whole(bytes), transfer_seconds }),
+        summary: Some(Summary {
+            behind: in_words(generations.lag_bytes),
+            transfer: seconds.map(|seconds| format!("{seconds}s")).unwrap_or_default(),
+        }),
+        ..SyncPairStatus::default()
+    }
+}
+
+/// Bytes for people: three digits and a unit.
+fn in_words(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let digits = if unit == 0 || value >= 100.0 { 0 } else { 1 };
+    format!("{value:.digits$} {}", units[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use watari_wire::report::{GenerationsReport, LinkReport};
+
+    #[test]
+    fn a_move_is_predicted_from_the_lag_and_the_guests_memory_at_the_measured_rate() {
+        let report = Report {
+            generations: GenerationsReport {
+                committed: "1.7".to_owned(),
+                committed_cut_unix_millis: 1_000_000,
+                lag_bytes: 12 << 20,
+                ..GenerationsReport::default()
+            },
+            link: LinkReport { rate_bytes_per_second: 10.0 * 1024.0 * 1024.0, ..LinkReport::default() },
+            ..Report::default()
+        };
+        let status = figures(&report, 128 << 20);
+        let predicted = status.predicted_cutover.expect("the rate is known");
+        assert_eq!((predicted.bytes, predicted.transfer_seconds), (140 << 20, 14));
+        assert_eq!(status.summary.expect("there is a report").behind, "12.0 MiB");
+        assert_eq!(status.committed.expect("one is whole").cut_time.as_second(), 1000);
+    }
+
+    #[test]
+    fn without_a_measured_rate_or_a_generation_nothing_is_promised() {
+        let status = figures(&Report::default(), 128 << 20);
+        assert_eq!((status.predicted_cutover, status.committed), (None, None));
+    }
+}

@@ -1,0 +1,120 @@
+//! The SyncReplica controller: claims, certificate, configuration, Service and Pod of a replica at this site.
+//!
+//! observe → decide (pure) → act → report. What must hold: a claim whose content is lost is never silently made anew, and a
+//! claim is deleted only while the folder's owner says that it is a replica.
+
+pub mod act;
+pub mod decide;
+pub mod observe;
+pub mod pod;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::controller::{Action, Controller};
+use kube::runtime::reflector::ObjectRef;
+use kube::runtime::watcher;
+use kube::{Api, ResourceExt};
+use serde_json::json;
+use watari_crds::conditions::merged;
+use watari_crds::names::{finalizer, label, role};
+use watari_crds::replica::{SyncReplica, SyncReplicaStatus};
+
+use crate::apply::apply_status;
+use crate::context::Context;
+use crate::{authority, sidecar};
+
+/// While nothing changes, the sidecar's report is read this often.
+const PERIOD: Duration = Duration::from_secs(15);
+/// After an error, and while something is on its way.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Why a reconcile could not be finished; the next one begins from what it observes.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+    #[error(transparent)]
+    Certificate(#[from] authority::Error),
+    #[error(transparent)]
+    Sidecar(#[from] sidecar::Error),
+}
+
+/// Runs until the process ends.
+pub async fn run(context: Context) {
+    let api: Api<SyncReplica> = Api::all(context.client.clone());
+    let pods: Api<Pod> = Api::all(context.client.clone());
+    let ours = watcher::Config::default().labels(&format!("{}={}", label::ROLE, role::REPLICA));
+    Controller::new(api, watcher::Config::default())
+        .watches(pods, ours, |pod| {
+            let name = pod.annotations().get(pod::OWNER)?.clone();
+            Some(ObjectRef::new(&name).within(&pod.namespace()?))
+        })
+        .run(reconcile, |_, _, _| Action::requeue(RETRY), Arc::new(context))
+        .for_each(|result| async move {
+            if let Err(error) = result {
+                tracing::warn!(%error, "SyncReplica: trying again");
+            }
+        })
+        .await;
+}
+
+async fn reconcile(replica: Arc<SyncReplica>, context: Arc<Context>) -> Result<Action, Error> {
+    let seen = observe::observe(&context, &replica).await?;
+    let decision = decide::decide(&replica, &context.settings.site, &seen);
+    for step in &decision.steps {
+        act::act(&context, &replica, step).await?;
+    }
+    if decision.finished {
+        set_finalizer(&context, &replica, false).await?;
+        return Ok(Action::await_change());
+    }
+    report(&context, &replica, &seen, &decision).await?;
+    Ok(Action::requeue(if decision.is_settled() { PERIOD } else { RETRY }))
+}
+
+/// The finalizer, and nothing else in the list.
+async fn set_finalizer(context: &Context, replica: &SyncReplica, wanted: bool) -> kube::Result<()> {
+    let mut list: Vec<String> = replica.finalizers().iter().filter(|it| *it != finalizer::REPLICA).cloned().collect();
+    if wanted {
+        list.push(finalizer::REPLICA.to_owned());
+    }
+    // The version makes it fail when somebody else changed the list meanwhile.
+    let patch = json!({ "metadata": { "finalizers": list, "resourceVersion": replica.metadata.resource_version } });
+    api(context, replica).patch(&replica.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+    Ok(())
+}
+
+fn api(context: &Context, replica: &SyncReplica) -> Api<SyncReplica> {
+    let namespace = replica.namespace().expect("a SyncReplica is namespaced");
+    Api::namespaced(context.client.clone(), &namespace)
+}
+
+async fn report(
+    context: &Context,
+    replica: &SyncReplica,
+    seen: &observe::Seen,
+    decision: &decide::Decision,
+) -> kube::Result<()> {
+    let before = replica.status.clone().unwrap_or_default();
+    let generation = replica.metadata.generation.unwrap_or_default();
+    let sidecar = seen.report.as_ref().and_then(|report| report.replica.as_ref());
+    let filled = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    let status = SyncReplicaStatus {
+        observed_generation: generation,
+        conditions: merged(&before.conditions, &decision.findings, generation, Timestamp::now()),
+        claims: decision.claims.clone(),
+        role: seen.report.as_ref().and_then(|report| filled(&report.role)).or(before.role.clone()),
+        committed: sidecar.and_then(|it| filled(&it.committed)).or(before.committed.clone()),
+        kept: sidecar.map_or_else(|| before.kept.clone(), |it| it.kept.clone()),
+        node: seen.pod.as_ref().and_then(|pod| pod.node.clone()),
+    };
+    if status != before {
+        apply_status(&api(context, replica), "SyncReplica", &replica.name_any(), &status).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,5 @@
+//! The operator on two clusters. `make e2e`.
+
+mod chart;
+mod first_pair;
+mod scene;
