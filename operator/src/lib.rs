@@ -14,6 +14,7 @@ pub mod authority;
 pub mod card;
 pub mod configuration;
 pub mod context;
+pub mod kubectl;
 pub mod objects;
 pub mod pair;
 pub mod peer;

@@ -1,0 +1,80 @@
+//! The command line of `kubectl watari`.
+
+use std::{io::Write, path::PathBuf};
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+/// It was done, and something is not as it should be.
+pub const EXIT_NOT_WELL: u8 = 3;
+/// It could not be done.
+pub const EXIT_FAILED: u8 = 1;
+
+/// Running virtual machines, kept synchronised with a peer cluster.
+#[derive(Parser, Debug)]
+#[command(name = "kubectl watari", bin_name = "kubectl watari", version, arg_required_else_help = true)]
+#[command(
+    after_help = "Exit codes: 0 all is well, 1 it could not be done, 2 a bad command line, 3 something is not well."
+)]
+pub struct Cli {
+    /// The kubeconfig to use instead of KUBECONFIG or ~/.kube/config.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The context in it.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub context: Option<String>,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Show how far each pair is: safe or not, how far behind, how long a move would take.
+    Status(Status),
+    /// Show whether peers can be used, what is missing and how to mend it.
+    Check(Check),
+    /// Print a completion script; kubectl looks for it as `kubectl_complete-watari`.
+    Completion { shell: Shell },
+}
+
+#[derive(Args, Debug)]
+pub struct Status {
+    /// One SyncPair, with everything that is known about it. Without it: all of them, a line each.
+    pub name: Option<String>,
+    #[command(flatten)]
+    pub scope: Scope,
+    /// Go on showing it.
+    #[arg(long, short)]
+    pub watch: bool,
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+}
+
+#[derive(Args, Debug)]
+pub struct Scope {
+    /// The namespace to look in. Default: that of the context.
+    #[arg(long, short, value_name = "NAME", conflicts_with = "all_namespaces")]
+    pub namespace: Option<String>,
+    /// Look in all namespaces.
+    #[arg(long, short = 'A')]
+    pub all_namespaces: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct Check {
+    /// One PeerCluster. Without it: all of them.
+    pub peer: Option<String>,
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    Table,
+    Json,
+}
+
+/// Writes the completion script of `shell`.
+pub fn completion(shell: Shell, out: &mut impl Write) {
+    clap_complete::generate(shell, &mut Cli::command(), "kubectl-watari", out);
+}
