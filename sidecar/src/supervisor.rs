@@ -32,6 +32,7 @@ use std::{
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, set_parent_process_death_signal, wait};
 use signal_hook::consts::signal::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 
+use crate::cli::EXIT_AGAIN;
 use policy::Crashes;
 pub use policy::{CRASH_WINDOW, CRASHES_MAX, Ended, Verdict, verdict};
 
@@ -83,7 +84,12 @@ pub fn supervise(worker: &Worker) -> Result<u8, SupervisorError> {
                 Verdict::Restart => {
                     let now = Instant::now();
                     start_at = now + crashes.add(now, ended);
-                    tracing::warn!(%ended, crashes = crashes.total(), pass_through = crashes.pass_through(), "the worker ended; starting another");
+                    match ended {
+                        Ended::Exited(EXIT_AGAIN) => tracing::info!("the worker asks to be started again"),
+                        Ended::Exited(_) | Ended::Killed(_) | Ended::NotStarted => {
+                            tracing::error!(%ended, crashes = crashes.total(), pass_through = crashes.pass_through(), "worker crashed; starting another");
+                        }
+                    }
                 }
             }
         }
