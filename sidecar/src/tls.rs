@@ -37,12 +37,8 @@ pub use material::Tls;
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The only protocol spoken (ALPN).
 const ALPN_HTTP2: &[u8] = b"h2";
-/// How long sent data may stay unacknowledged before the kernel gives the connection up. Longer than the outages that
-/// TCP should ride out, shorter than a person's patience; the heartbeat of the stream notices earlier.
-const TCP_UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
+/// Silence after which the kernel asks whether the peer is there.
 const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
-const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-const TCP_KEEPALIVE_PROBES: u32 = 4;
 
 /// Why there is no secured connection, in words with found, expected and remedy.
 #[derive(Debug, thiserror::Error)]
@@ -118,18 +114,6 @@ impl AsyncWrite for PeerStream {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
-}
-
-/// Small frames at once, and a dead peer noticed even when nothing is sent.
-fn tune(stream: &TcpStream) -> io::Result<()> {
-    use rustix::net::sockopt;
-    stream.set_nodelay(true)?;
-    sockopt::set_tcp_user_timeout(stream, TCP_UNACKNOWLEDGED_MAX.as_millis() as u32)?;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, TCP_KEEPALIVE_IDLE)?;
-    sockopt::set_tcp_keepintvl(stream, TCP_KEEPALIVE_INTERVAL)?;
-    sockopt::set_tcp_keepcnt(stream, TCP_KEEPALIVE_PROBES)?;
-    Ok(())
 }
 
 /// Words for what went wrong on a connection that TLS has refused at either end, found anywhere in an error's chain of

@@ -85,7 +85,7 @@ mod tests {
 
     use super::*;
 
-    fn client_hello(name: &str) -> Vec<u8> {
+    fn client(name: &str) -> ClientConnection {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -93,9 +93,12 @@ mod tests {
             .with_root_certificates(RootCertStore::empty())
             .with_no_client_auth();
         let name = ServerName::try_from(name.to_owned()).unwrap();
-        let mut connection = ClientConnection::new(Arc::new(config), name).unwrap();
+        ClientConnection::new(Arc::new(config), name).unwrap()
+    }
+
+    fn client_hello(name: &str) -> Vec<u8> {
         let mut bytes = Vec::new();
-        connection.write_tls(&mut bytes).unwrap();
+        client(name).write_tls(&mut bytes).unwrap();
         bytes
     }
 
@@ -157,14 +160,7 @@ mod tests {
             (ALERT_UNRECOGNISED_NAME, AlertDescription::UnrecognisedName),
             (ALERT_INTERNAL_ERROR, AlertDescription::InternalError),
         ] {
-            let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-            let config = ClientConfig::builder_with_provider(provider)
-                .with_safe_default_protocol_versions()
-                .unwrap()
-                .with_root_certificates(RootCertStore::empty())
-                .with_no_client_auth();
-            let name = ServerName::try_from("a.internal").unwrap();
-            let mut connection = ClientConnection::new(Arc::new(config), name).unwrap();
+            let mut connection = client("a.internal");
             connection.write_tls(&mut Vec::new()).unwrap();
             connection.read_tls(&mut bytes.as_slice()).unwrap();
             assert_eq!(connection.process_new_packets().unwrap_err(), rustls::Error::AlertReceived(expected));

@@ -9,7 +9,7 @@
 //! comes a thousand times) costs a bounded amount of memory ([`limits`]), and never the connections of others ([`places`]).
 //!
 //! Rooms: [`hello`] (bytes to a server name), [`routes`] (the file), [`table`] (the file, watched), [`places`] (who may
-//! wait and who may stay), [`relay`] (copying), [`serve`] (the loop), [`metrics`]. It knows nothing of Kubernetes.
+//! wait and who may stay), [`relay`] (copying), [`socket`] (dead peers), [`serve`] (the loop), [`metrics`]. It knows nothing of Kubernetes.
 
 pub mod hello;
 pub mod limits;
@@ -18,6 +18,7 @@ pub mod places;
 pub mod relay;
 pub mod routes;
 pub mod serve;
+pub mod socket;
 pub mod table;
 
 pub use limits::Limits;

@@ -26,8 +26,9 @@ use crate::{
     limits::{CONNECT_TIMEOUT, HELLO_TIMEOUT, Limits, raise_descriptors},
     metrics::{self, Counts, MetricsServer, Observed, Refusal},
     places::{Full, Places, Routed, Source, Waiting},
-    relay::{relay, tune},
+    relay::relay,
     routes::Route,
+    socket::tune,
     table::Table,
 };
 
@@ -37,6 +38,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const BACKLOG: u32 = 1024;
 /// One read of a ClientHello; ours comes in one.
 const READ_BYTES: usize = 4096;
+/// Silence after which the kernel asks whether an end is there; a dead one is noticed within about 40 s.
+const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(20);
 /// How long a refused client may take to fetch its alert.
 const ALERT_TIMEOUT: Duration = Duration::from_secs(1);
 /// At most one line in the log for each kind of refusal in this time.
@@ -254,7 +257,7 @@ impl Shared {
 async fn reach(route: &Route, hello: &Hello) -> io::Result<TcpStream> {
     let connect = async {
         let mut pod = TcpStream::connect(&*route.address).await?;
-        tune(&pod)?;
+        tune(&pod, TCP_KEEPALIVE_IDLE)?;
         pod.write_all(&hello.bytes).await?;
         Ok(pod)
     };
@@ -312,7 +315,7 @@ impl From<Full> for Refusal {
 }
 
 async fn read_hello(client: &mut TcpStream) -> Result<Hello, NoHello> {
-    tune(client)?;
+    tune(client, TCP_KEEPALIVE_IDLE)?;
     let mut reader = HelloReader::default();
     // A silent client has no buffer yet.
     client.readable().await?;

@@ -16,8 +16,9 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
+use watari_gateway::socket::tune;
 
-use super::{HANDSHAKE_TIMEOUT, PeerInfo, PeerStream, Tls, TlsError, explain, tune, verify::identity_of};
+use super::{HANDSHAKE_TIMEOUT, PeerInfo, PeerStream, TCP_KEEPALIVE_IDLE, Tls, TlsError, explain, verify::identity_of};
 
 /// Handshakes at once: a pair needs two, a burst of reconnects after a cut a few more, each costs about 50 KiB.
 const HANDSHAKES_MAX: usize = 64;
@@ -132,7 +133,7 @@ impl Listener {
 }
 
 async fn handshake(tls: &Arc<Tls>, stream: TcpStream, from: SocketAddr) -> Result<PeerStream, String> {
-    tune(&stream).map_err(|error| error.to_string())?;
+    tune(&stream, TCP_KEEPALIVE_IDLE).map_err(|error| error.to_string())?;
     let material = tls.current().await;
     let stream = TlsAcceptor::from(Arc::clone(&material.server))
         .accept(stream)

@@ -10,8 +10,9 @@ use rustls::{AlertDescription, pki_types::ServerName};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
+use watari_gateway::socket::tune;
 
-use super::{HANDSHAKE_TIMEOUT, PeerInfo, PeerStream, Tls, TlsError, explain, tune, verify::identity_of};
+use super::{HANDSHAKE_TIMEOUT, PeerInfo, PeerStream, TCP_KEEPALIVE_IDLE, Tls, TlsError, explain, verify::identity_of};
 
 /// How to dial.
 #[derive(Clone, Debug)]
@@ -73,7 +74,7 @@ pub async fn dial(
         .await
         .map_err(|_| unreachable(format!("no connection within {connect_timeout:?}")))?
         .map_err(|error| unreachable(error.to_string()))?;
-    tune(&stream).map_err(|error| unreachable(error.to_string()))?;
+    tune(&stream, TCP_KEEPALIVE_IDLE).map_err(|error| unreachable(error.to_string()))?;
     let remote = stream.peer_addr().map_err(|error| unreachable(error.to_string()))?;
     let connector = TlsConnector::from(Arc::clone(&tls.current().await.client));
     let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, connector.connect(name, stream))
