@@ -27,11 +27,23 @@ fn options() -> PairOptions {
 }
 
 fn pair(bed: &TestBed) -> anyhow::Result<Pair<'_>> {
-    let mut pair = Pair::new(bed, options())?;
+    started(Pair::new(bed, options())?)
+}
+
+fn started(mut pair: Pair<'_>) -> anyhow::Result<Pair<'_>> {
     pair.start(1, "replica")?;
     pair.start(0, "primary")?;
     pair.cut(0)?;
     Ok(pair)
+}
+
+/// A handover is open and the target serves a VM's sockets, as its virt-launcher Pod would.
+fn open_handover(pair: &mut Pair) -> anyhow::Result<()> {
+    pair.release(1)?;
+    pair.start(1, "primary")?;
+    pair.ctl(0, &["open-handover", "--vmi-uid", "u1"])?;
+    pair.wait(1, "the offer", WAIT, |r| r.attachable)?;
+    Ok(())
 }
 
 #[test]
@@ -128,10 +140,7 @@ fn a_vm_that_attaches_while_the_link_is_down_waits_for_its_source_instead_of_fai
     let bed = TestBed::new("attach", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
     let mut pair = pair(&bed)?;
     qemu_io(&pair.socket(0, "root"), "root", &["write -P 5 1M 64k", "flush"])?;
-    pair.release(1)?;
-    pair.start(1, "primary")?;
-    pair.ctl(0, &["open-handover", "--vmi-uid", "u1"])?;
-    pair.wait(1, "the offer", WAIT, |r| r.attachable)?;
+    open_handover(&mut pair)?;
     bed.wan.link_down()?;
     pair.wait(1, "the link to be gone", WAIT, |r| !r.link.connected && !r.attachable)?;
     // Lost: the migration failed here, refused at its connect, although a moment more would have served it.
@@ -232,10 +241,7 @@ impl Drop for Client {
 fn a_vm_that_was_promoted_past_is_not_served_by_the_next_worker_either() -> anyhow::Result<()> {
     let bed = TestBed::new("condemned", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
     let mut pair = pair(&bed)?;
-    pair.release(1)?;
-    pair.start(1, "primary")?;
-    pair.ctl(0, &["open-handover", "--vmi-uid", "u1"])?;
-    pair.wait(1, "the offer", WAIT, |r| r.attachable)?;
+    open_handover(&mut pair)?;
     let attached = Client::connect(&pair, 1, "root")?;
     pair.wait(1, "a client", WAIT, |r| r.disks[0].clients == 1)?;
     pair.ctl(1, &["promote"])?;
@@ -284,14 +290,12 @@ fn a_promotion_within_reach_of_the_source_seals_it_first_and_loses_nothing() -> 
 #[test]
 fn a_disk_grows_at_the_replica_first_and_never_under_a_running_vm() -> anyhow::Result<()> {
     let bed = TestBed::new("growth", Shape::wan(1_000_000_000, Duration::from_millis(2)))?;
-    let mut pair = Pair::new(&bed, options())?;
+    let pair = Pair::new(&bed, options())?;
     // A size in the configuration is a person's word that the disk shall not be larger.
     let config = &pair.ends[0].config;
     let text = std::fs::read_to_string(config)?;
     std::fs::write(config, text.lines().filter(|l| !l.starts_with("size = ")).collect::<Vec<_>>().join("\n"))?;
-    pair.start(1, "replica")?;
-    pair.start(0, "primary")?;
-    pair.cut(0)?;
+    let mut pair = started(pair)?;
     let (before, after) = (pair.report(0)?.disks[0].size_bytes, pair.report(0)?.disks[0].size_bytes + (8 << 20));
     let root = pair.socket(0, "root");
     qemu_io(&root, "root", &["write -P 3 0 1M", "flush"])?;

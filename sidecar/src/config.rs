@@ -12,6 +12,8 @@ pub mod units;
 pub mod world;
 
 use std::{
+    fs::File,
+    io::{self, Seek, SeekFrom},
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -107,6 +109,13 @@ pub struct Disk {
     pub size_bytes: Option<u64>,
     /// The unix socket on which this disk is exported.
     pub socket: PathBuf,
+}
+
+impl Disk {
+    /// Bytes of its file or device as it is now. A block device reports its size at its end, not in its metadata.
+    pub fn actual_bytes(&self) -> io::Result<u64> {
+        File::open(&self.path)?.seek(SeekFrom::End(0))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

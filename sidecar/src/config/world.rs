@@ -124,7 +124,7 @@ fn look_at(disk: &Disk, start: Start) -> Result<(), Objection> {
     if start == Start::Primary
         && let Some(recorded) = disk.size_bytes
     {
-        let found = size_of(disk).map_err(|error| {
+        let found = disk.actual_bytes().map_err(|error| {
             ("path", describe(&disk.path, &error), "a disk whose size can be read", "check its permissions")
         })?;
         if found < recorded {
@@ -151,12 +151,6 @@ fn not_a_folder_to_be(path: &Path) -> Option<String> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => not_a_folder(path.parent().unwrap_or(Path::new("/"))),
         _ => not_a_folder(path),
     }
-}
-
-/// Bytes. A block device reports its size at its end, not in its metadata.
-fn size_of(disk: &Disk) -> io::Result<u64> {
-    use std::io::{Seek, SeekFrom};
-    fs::File::open(&disk.path)?.seek(SeekFrom::End(0))
 }
 
 fn not_a_folder(path: &Path) -> Option<String> {

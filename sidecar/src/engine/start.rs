@@ -307,7 +307,7 @@ fn disk_sizes(config: &Config, record: Option<&RoleRecord>, front_end: bool) -> 
     let mut sizes = Vec::new();
     for (i, disk) in config.disks.iter().enumerate() {
         let recorded = record.map(|r| r.disks[i].size_bytes);
-        let actual = match actual_size(&disk.path) {
+        let actual = match disk.actual_bytes() {
             Ok(actual) => actual,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && !front_end && record.is_none() => {
                 let size = disk.size_bytes.ok_or_else(|| {
@@ -339,12 +339,6 @@ fn disk_sizes(config: &Config, record: Option<&RoleRecord>, front_end: bool) -> 
         sizes.push(wanted);
     }
     Ok(sizes)
-}
-
-/// Bytes of a file or device (a device has no size in its metadata).
-pub(super) fn actual_size(path: &std::path::Path) -> std::io::Result<u64> {
-    use std::io::{Seek, SeekFrom};
-    File::open(path)?.seek(SeekFrom::End(0))
 }
 
 /// The record of this start: the counter raised, or a first record.

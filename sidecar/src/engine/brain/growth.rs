@@ -15,7 +15,7 @@ use std::path::Path;
 use watari_core::{geometry::DiskIndex, record::Role};
 
 use super::*;
-use crate::engine::{EXIT_AGAIN, start::actual_size};
+use crate::engine::EXIT_AGAIN;
 
 /// Guests count sectors of 512 bytes: a file that ends inside one is used up to there.
 const SECTOR_BYTES: u64 = 512;
@@ -24,7 +24,7 @@ const SECTOR_BYTES: u64 = 512;
 /// person's word that it shall not be larger.
 pub(in crate::engine) fn capacities(config: &Config, recorded: &[u64]) -> Vec<u64> {
     let one = |(disk, recorded): (&crate::config::Disk, &u64)| {
-        let actual = actual_size(&disk.path).unwrap_or(0) / SECTOR_BYTES * SECTOR_BYTES;
+        let actual = disk.actual_bytes().unwrap_or(0) / SECTOR_BYTES * SECTOR_BYTES;
         actual.min(disk.size_bytes.unwrap_or(u64::MAX)).max(*recorded)
     };
     config.disks.iter().zip(recorded).map(one).collect()
@@ -52,37 +52,34 @@ impl Brain {
             return capacities(&self.parts.config, &recorded);
         }
         let images = self.parts.config.disks.iter().zip(recorded);
-        images.map(|(disk, recorded)| actual_size(&disk.path).unwrap_or(recorded)).collect()
+        images.map(|(disk, recorded)| disk.actual_bytes().unwrap_or(recorded)).collect()
     }
 
     /// Target: follow the source's disks. `true`: the recorded sizes changed and the worker starts again.
     pub(super) fn follow_growth(&mut self, hello: &Hello) -> bool {
-        let names = |disks: &[wire::Disk]| disks.iter().map(|d| d.name.clone()).collect::<Vec<_>>();
-        let same = names(&hello.disks) == self.parts.config.disks.iter().map(|d| d.name.clone()).collect::<Vec<_>>();
+        let (record, disks) = (self.parts.site.record(), &self.parts.config.disks);
+        let same = hello.disks.iter().map(|d| &d.name).eq(disks.iter().map(|d| &d.name));
         let epoch = convert::epoch(hello.epoch.clone()).counter;
-        if !same || self.parts.site.record().role != Role::Replica || epoch < self.parts.site.record().epoch.counter {
+        if !same || record.role != Role::Replica || epoch < record.epoch.counter {
             return false;
         }
-        let mut sizes = self.recorded_sizes();
-        for (i, theirs) in hello.disks.iter().enumerate() {
-            let path = &self.parts.config.disks[i].path;
+        let recorded = self.recorded_sizes();
+        let mut sizes = recorded.clone();
+        for ((ours, theirs), size) in disks.iter().zip(&hello.disks).zip(&mut sizes) {
             let wanted = theirs.size_bytes.max(theirs.capacity_bytes).min(limits::DISK_BYTES_MAX);
-            let found = actual_size(path).unwrap_or(0);
+            let found = ours.actual_bytes().unwrap_or(0);
             if found < wanted
-                && let Err(error) = enlarge(path, wanted)
+                && let Err(error) = enlarge(&ours.path, wanted)
             {
-                let text = format!(
-                    "disk {}: found {found} bytes in {}, the source's has {wanted}: {error}",
-                    theirs.name,
-                    path.display()
-                );
+                let (name, path) = (&ours.name, ours.path.display());
+                let text = format!("disk {name}: found {found} bytes in {path}, the source's has {wanted}: {error}");
                 self.conditions.set("DiskGrowth", "CannotGrow", &text, "expand the claim or device of this image");
                 return false;
             }
-            sizes[i] = sizes[i].max(theirs.size_bytes.min(limits::DISK_BYTES_MAX));
+            *size = (*size).max(theirs.size_bytes.min(limits::DISK_BYTES_MAX));
         }
         self.conditions.clear("DiskGrowth");
-        if sizes == self.recorded_sizes() || self.parts.connections.count() > 0 {
+        if sizes == recorded || self.parts.connections.count() > 0 {
             return false;
         }
         self.record_sizes(&sizes);
@@ -91,14 +88,12 @@ impl Brain {
 
     /// Once a second at the source: say what became possible, and take it when nobody is served and the peer is ready.
     pub(super) fn grow(&mut self) {
-        let serving = self.parts.site.record().role == Role::Serving && self.source.is_some();
-        let recorded = self.recorded_sizes();
-        let wanted = if serving { self.our_capacities() } else { recorded.clone() };
-        if wanted == recorded {
-            if serving {
-                self.conditions.clear("DiskGrowth");
-            }
+        if self.parts.site.record().role != Role::Serving || self.source.is_none() {
             return;
+        }
+        let wanted = self.our_capacities();
+        if wanted == self.recorded_sizes() {
+            return self.conditions.clear("DiskGrowth");
         }
         if self.told_capacities() != wanted {
             // Said anew by a new Hello.
