@@ -54,7 +54,7 @@ use std::{io, path::PathBuf};
 use crate::process;
 
 mod daemon;
-mod domain;
+pub mod domain;
 mod hooks;
 mod migrate;
 pub mod proxy;

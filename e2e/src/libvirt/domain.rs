@@ -56,41 +56,89 @@ impl VirtualMachine {
         let BootFiles { kernel, initramfs } = BootFiles::prepare()?;
         let Machine { memory_mib, cpus, disks, guest } = &self.machine;
         let settings: String = guest.iter().map(|setting| format!(" watari.{setting}")).collect();
-        let append = format!("console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on{settings}");
-        let mut devices: String =
-            disks.iter().zip('a'..='z').map(|(volume, letter)| data_disk(volume, letter)).collect();
+        let mut disks: String = disks.iter().zip('a'..='z').map(|(volume, letter)| data_disk(volume, letter)).collect();
         if self.empty_disk {
-            devices.push_str(&disk("watari-copyable", "qcow2", EMPTY_DISK, "sata", EMPTY_DISK_TARGET));
+            disks.push_str(&disk(
+                "watari-copyable",
+                FileOrDevice::File(EMPTY_DISK),
+                "qcow2",
+                "sata",
+                EMPTY_DISK_TARGET,
+            ));
         }
-        let name = &self.name;
-        Ok(format!(
-            r#"<domain type="qemu" xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0">
-	<name>default_{name}</name>
-	<uuid>5d307ca9-b3ef-428c-8861-06e72d69f223</uuid>
+        Ok(Domain {
+            namespaces: " xmlns:qemu=\"http://libvirt.org/schemas/domain/qemu/1.0\"",
+            name: &format!("default_{}", self.name),
+            uuid: "5d307ca9-b3ef-428c-8861-06e72d69f223",
+            vmi_uid: "9b1ac4a4-2c5e-4a8b-8a0b-6d2e9be4c1aa",
+            memory_mib: &memory_mib.to_string(),
+            cpus: *cpus,
+            kernel: &kernel.display().to_string(),
+            initramfs: &initramfs.display().to_string(),
+            settings: &settings,
+            emulator: None,
+            control_socket: CONTROL_SOCKET,
+            serial_log: SERIAL_LOG,
+            disks: &disks,
+        }
+        .to_xml())
+    }
+}
+
+/// What of a domain differs between those who play virt-launcher with our test guest inside.
+pub struct Domain<'a> {
+    /// Attributes of the root beside its type, each after a space.
+    pub namespaces: &'a str,
+    pub name: &'a str,
+    pub uuid: &'a str,
+    pub vmi_uid: &'a str,
+    pub memory_mib: &'a str,
+    pub cpus: u32,
+    pub kernel: &'a str,
+    pub initramfs: &'a str,
+    /// Of the guest's command line, each after a space.
+    pub settings: &'a str,
+    /// `None`: libvirt looks for QEMU itself.
+    pub emulator: Option<&'a str>,
+    pub control_socket: &'a str,
+    pub serial_log: &'a str,
+    /// As [`disk`] writes them.
+    pub disks: &'a str,
+}
+
+impl Domain<'_> {
+    pub fn to_xml(&self) -> String {
+        let Domain { namespaces, name, uuid, vmi_uid, memory_mib, cpus, kernel, initramfs, settings, .. } = self;
+        let Domain { emulator, control_socket, serial_log, disks, .. } = self;
+        let emulator = emulator.map(|path| format!("\t\t<emulator>{path}</emulator>\n")).unwrap_or_default();
+        format!(
+            r#"<domain type="qemu"{namespaces}>
+	<name>{name}</name>
+	<uuid>{uuid}</uuid>
 	<memory unit="MiB">{memory_mib}</memory>
 	<os>
 		<type arch="x86_64" machine="q35">hvm</type>
 		<kernel>{kernel}</kernel>
 		<initrd>{initramfs}</initrd>
-		<cmdline>{append}</cmdline>
+		<cmdline>console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on{settings}</cmdline>
 	</os>
 	<devices>
-		<channel type="unix">
-			<source mode="bind" path="{CONTROL_SOCKET}"></source>
+{emulator}		<channel type="unix">
+			<source mode="bind" path="{control_socket}"></source>
 			<target type="virtio" name="io.watari.control"></target>
 		</channel>
 		<controller type="usb" index="0" model="none"></controller>
 		<controller type="virtio-serial" index="0" model="virtio-non-transitional"></controller>
 		<memballoon model="none"></memballoon>
-{devices}		<serial type="file">
-			<source path="{SERIAL_LOG}"></source>
+{disks}		<serial type="file">
+			<source path="{serial_log}"></source>
 			<target port="0"></target>
 		</serial>
 	</devices>
 	<clock offset="utc"></clock>
 	<metadata>
 		<kubevirt xmlns="http://kubevirt.io">
-			<uid>9b1ac4a4-2c5e-4a8b-8a0b-6d2e9be4c1aa</uid>
+			<uid>{vmi_uid}</uid>
 		</kubevirt>
 	</metadata>
 	<features>
@@ -102,10 +150,8 @@ impl VirtualMachine {
 		<topology sockets="1" cores="{cpus}" threads="1"></topology>
 	</cpu>
 	<vcpu placement="static">{cpus}</vcpu>
-</domain>"#,
-            kernel = kernel.display(),
-            initramfs = initramfs.display(),
-        ))
+</domain>"#
+        )
     }
 }
 
@@ -116,14 +162,26 @@ fn data_path(volume: &str) -> PathBuf {
 
 fn data_disk(volume: &str, letter: char) -> String {
     let path = data_path(volume);
-    disk(volume, "raw", &path.display().to_string(), "virtio", &format!("vd{letter}"))
+    disk(volume, FileOrDevice::File(&path.display().to_string()), "raw", "virtio", &format!("vd{letter}"))
 }
 
-fn disk(volume: &str, format: &str, file: &str, bus: &str, target: &str) -> String {
+/// What a disk lies on.
+#[derive(Clone, Copy, Debug)]
+pub enum FileOrDevice<'a> {
+    File(&'a str),
+    Device(&'a str),
+}
+
+/// One disk of [`Domain::disks`]; `volume` is the VMI's.
+pub fn disk(volume: &str, source: FileOrDevice, format: &str, bus: &str, target: &str) -> String {
+    let (kind, attribute, path) = match source {
+        FileOrDevice::File(path) => ("file", "file", path),
+        FileOrDevice::Device(path) => ("block", "dev", path),
+    };
     let io = if format == "raw" { " io=\"native\"" } else { "" };
     format!(
-        r#"		<disk device="disk" type="file">
-			<source file="{file}"></source>
+        r#"		<disk device="disk" type="{kind}">
+			<source {attribute}="{path}"></source>
 			<target bus="{bus}" dev="{target}"></target>
 			<serial>{volume}</serial>
 			<driver cache="none" error_policy="stop"{io} name="qemu" type="{format}" discard="unmap"></driver>

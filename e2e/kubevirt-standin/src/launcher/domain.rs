@@ -3,6 +3,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use serde_json::{Value, json};
+use watari_e2e::libvirt::domain::{self, Domain, FileOrDevice};
 
 use super::GUEST_ANNOTATION;
 use crate::render::{DiskFile, PRIVATE_FOLDER};
@@ -76,49 +77,22 @@ pub fn domain(vmi: &Value, disks: &[DiskFile]) -> String {
     let guest = text(&metadata["annotations"][GUEST_ANNOTATION], "");
     let settings: String = guest.split_whitespace().map(|setting| format!(" watari.{setting}")).collect();
     let memory = text(&vmi["spec"]["domain"]["memory"]["guest"], "192Mi").trim_end_matches("Mi");
-    let devices = devices(vmi, disks);
-    format!(
-        r#"<domain type="qemu">
-	<name>{name}</name>
-	<uuid>{uuid}</uuid>
-	<memory unit="MiB">{memory}</memory>
-	<os>
-		<type arch="x86_64" machine="q35">hvm</type>
-		<kernel>{GUEST_FOLDER}/vmlinuz</kernel>
-		<initrd>{GUEST_FOLDER}/initramfs.cpio</initrd>
-		<cmdline>console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on{settings}</cmdline>
-	</os>
-	<devices>
-		<emulator>/usr/bin/qemu-system-x86_64</emulator>
-		<channel type="unix">
-			<source mode="bind" path="{PRIVATE_FOLDER}/control.sock"></source>
-			<target type="virtio" name="io.watari.control"></target>
-		</channel>
-		<controller type="usb" index="0" model="none"></controller>
-		<controller type="virtio-serial" index="0" model="virtio-non-transitional"></controller>
-		<memballoon model="none"></memballoon>
-{devices}		<serial type="file">
-			<source path="{PRIVATE_FOLDER}/serial.log"></source>
-			<target port="0"></target>
-		</serial>
-	</devices>
-	<clock offset="utc"></clock>
-	<metadata>
-		<kubevirt xmlns="http://kubevirt.io">
-			<uid>{uid}</uid>
-		</kubevirt>
-	</metadata>
-	<features>
-		<acpi></acpi>
-	</features>
-	<cpu mode="custom" match="exact" check="none">
-		<model>qemu64</model>
-		<feature name="rdrand" policy="require"></feature>
-		<topology sockets="1" cores="1" threads="1"></topology>
-	</cpu>
-	<vcpu placement="static">1</vcpu>
-</domain>"#
-    )
+    Domain {
+        namespaces: "",
+        name: &name,
+        uuid: &uuid,
+        vmi_uid: uid,
+        memory_mib: memory,
+        cpus: 1,
+        kernel: &format!("{GUEST_FOLDER}/vmlinuz"),
+        initramfs: &format!("{GUEST_FOLDER}/initramfs.cpio"),
+        settings: &settings,
+        emulator: Some("/usr/bin/qemu-system-x86_64"),
+        control_socket: &format!("{PRIVATE_FOLDER}/control.sock"),
+        serial_log: &format!("{PRIVATE_FOLDER}/serial.log"),
+        disks: &devices(vmi, disks),
+    }
+    .to_xml()
 }
 
 /// Claims and emptyDisks in the order of the VMI's volumes, each on the bus that its disk names.
@@ -135,27 +109,17 @@ fn devices(vmi: &Value, disks: &[DiskFile]) -> String {
             _ => sata.next().map(|letter| format!("sd{letter}")),
         };
         if let Some(disk) = disks.iter().find(|disk| disk.volume == volume) {
-            let (kind, attribute) = if disk.block { ("block", "dev") } else { ("file", "file") };
-            text += &device(volume, [kind, attribute, &disk.path], "raw", bus, &target().unwrap_or_default());
+            let source = match disk.block {
+                true => FileOrDevice::Device(&disk.path),
+                false => FileOrDevice::File(&disk.path),
+            };
+            text += &domain::disk(volume, source, "raw", bus, &target().unwrap_or_default());
         } else if let Some(disk) = empty.iter().find(|disk| disk.volume == volume) {
-            text += &device(volume, ["file", "file", &disk.path], "qcow2", bus, &target().unwrap_or_default());
+            let source = FileOrDevice::File(&disk.path);
+            text += &domain::disk(volume, source, "qcow2", bus, &target().unwrap_or_default());
         }
     }
     text
-}
-
-fn device(volume: &str, [kind, attribute, path]: [&str; 3], format: &str, bus: &str, target: &str) -> String {
-    let io = if format == "raw" { " io=\"native\"" } else { "" };
-    format!(
-        r#"		<disk device="disk" type="{kind}">
-			<source {attribute}="{path}"></source>
-			<target bus="{bus}" dev="{target}"></target>
-			<serial>{volume}</serial>
-			<driver cache="none" error_policy="stop"{io} name="qemu" type="{format}" discard="unmap"></driver>
-			<alias name="ua-{volume}"></alias>
-		</disk>
-"#
-    )
 }
 
 #[cfg(test)]
