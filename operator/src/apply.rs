@@ -1,10 +1,10 @@
-//! Server-side apply, the one way in which the operator writes objects: the body holds our fields only, whatever else an object
-//! has stays.
+//! Server-side apply, the way in which the operator writes objects: the body holds our fields only, whatever else an object
+//! has stays. The exception is the list of finalizers.
 
 use std::fmt::Debug;
 
-use kube::Api;
 use kube::api::{Patch, PatchParams};
+use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use watari_crds::names;
@@ -29,5 +29,21 @@ where
     let object =
         serde_json::json!({ "apiVersion": version, "kind": kind, "metadata": { "name": name }, "status": status });
     api.patch_status(name, &PatchParams::apply(names::FIELD_MANAGER).force(), &Patch::Apply(&object)).await?;
+    Ok(())
+}
+
+/// Puts our finalizer on `object`, or takes it off; the others of the list stay.
+pub async fn set_finalizer<K>(api: &Api<K>, object: &K, finalizer: &str, wanted: bool) -> kube::Result<()>
+where
+    K: Resource + Clone + DeserializeOwned + Debug,
+{
+    let mut list: Vec<&str> = object.finalizers().iter().map(String::as_str).filter(|it| *it != finalizer).collect();
+    if wanted {
+        list.push(finalizer);
+    }
+    // The version makes it fail when somebody else changed the list meanwhile.
+    let metadata = serde_json::json!({ "finalizers": list, "resourceVersion": object.resource_version() });
+    let patch = serde_json::json!({ "metadata": metadata });
+    api.patch(&object.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
     Ok(())
 }

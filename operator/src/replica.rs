@@ -14,17 +14,15 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Patch, PatchParams};
 use kube::runtime::controller::{Action, Controller};
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt};
-use serde_json::json;
 use watari_crds::conditions::merged;
 use watari_crds::names::{finalizer, label, role};
 use watari_crds::replica::{SyncReplica, SyncReplicaStatus};
 
-use crate::apply::apply_status;
+use crate::apply::{apply_status, set_finalizer};
 use crate::context::Context;
 use crate::{authority, sidecar};
 
@@ -70,23 +68,11 @@ async fn reconcile(replica: Arc<SyncReplica>, context: Arc<Context>) -> Result<A
         act::act(&context, &replica, step).await?;
     }
     if decision.finished {
-        set_finalizer(&context, &replica, false).await?;
+        set_finalizer(&api(&context, &replica), &replica, finalizer::REPLICA, false).await?;
         return Ok(Action::await_change());
     }
     report(&context, &replica, &seen, &decision).await?;
     Ok(Action::requeue(if decision.is_settled() { PERIOD } else { RETRY }))
-}
-
-/// The finalizer, and nothing else in the list.
-async fn set_finalizer(context: &Context, replica: &SyncReplica, wanted: bool) -> kube::Result<()> {
-    let mut list: Vec<String> = replica.finalizers().iter().filter(|it| *it != finalizer::REPLICA).cloned().collect();
-    if wanted {
-        list.push(finalizer::REPLICA.to_owned());
-    }
-    // The version makes it fail when somebody else changed the list meanwhile.
-    let patch = json!({ "metadata": { "finalizers": list, "resourceVersion": replica.metadata.resource_version } });
-    api(context, replica).patch(&replica.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
-    Ok(())
 }
 
 fn api(context: &Context, replica: &SyncReplica) -> Api<SyncReplica> {

@@ -15,7 +15,7 @@ use watari_wire::control::ConfigureRequest;
 use super::decide::{Furniture, Step};
 use super::observe::Seen;
 use super::{Error, pair_id, target_namespace};
-use crate::apply::apply;
+use crate::apply::{apply, set_finalizer};
 use crate::authority;
 use crate::configuration::{Disk, Sidecar as Configuration};
 use crate::context::Context;
@@ -32,9 +32,10 @@ pub async fn act(
     step: &Step,
 ) -> Result<(), Error> {
     let namespace = pair.namespace().expect("a SyncPair is namespaced");
+    let pairs = || Api::<SyncPair>::namespaced(context.client.clone(), &namespace);
     match step {
-        Step::SetFinalizer => set_finalizer(context, pair, true).await?,
-        Step::RemoveFinalizer => set_finalizer(context, pair, false).await?,
+        Step::SetFinalizer => set_finalizer(&pairs(), pair, finalizer::PAIR, true).await?,
+        Step::RemoveFinalizer => set_finalizer(&pairs(), pair, finalizer::PAIR, false).await?,
         Step::Furnish(furniture) => furnish(context, &namespace, pair, furniture).await?,
         Step::WireVm(wiring) => wire(context, &namespace, pair, Some(wiring)).await?,
         Step::UnwireVm => wire(context, &namespace, pair, None).await?,
@@ -47,18 +48,6 @@ pub async fn act(
             unfurnish(context.client.clone(), &namespace, &id).await?;
         }
     }
-    Ok(())
-}
-
-async fn set_finalizer(context: &Context, pair: &SyncPair, wanted: bool) -> kube::Result<()> {
-    let mut list: Vec<String> = pair.finalizers().iter().filter(|it| *it != finalizer::PAIR).cloned().collect();
-    if wanted {
-        list.push(finalizer::PAIR.to_owned());
-    }
-    // The version makes it fail when somebody else changed the list meanwhile.
-    let patch = json!({ "metadata": { "finalizers": list, "resourceVersion": pair.metadata.resource_version } });
-    let api: Api<SyncPair> = Api::namespaced(context.client.clone(), &pair.namespace().unwrap_or_default());
-    api.patch(&pair.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
     Ok(())
 }
 

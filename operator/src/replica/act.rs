@@ -3,12 +3,12 @@
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Secret, Service};
 use kube::api::{DeleteParams, Preconditions};
 use kube::{Api, Client, ResourceExt};
-use watari_crds::names::{self, role};
+use watari_crds::names::{self, finalizer, role};
 use watari_crds::replica::SyncReplica;
 use watari_crds::wiring::VolumeMode;
 
-use super::{Error, decide::Step, pod, set_finalizer};
-use crate::apply::apply;
+use super::{Error, api, decide::Step, pod};
+use crate::apply::{apply, set_finalizer};
 use crate::authority;
 use crate::context::Context;
 use crate::objects::{self, Claim};
@@ -17,7 +17,7 @@ pub async fn act(context: &Context, replica: &SyncReplica, step: &Step) -> Resul
     let namespace = replica.namespace().expect("a SyncReplica is namespaced");
     let client = || context.client.clone();
     match step {
-        Step::SetFinalizer => set_finalizer(context, replica, true).await?,
+        Step::SetFinalizer => set_finalizer(&api(context, replica), replica, finalizer::REPLICA, true).await?,
         Step::Furnish => furnish(context, &namespace, replica).await?,
         Step::MakeClaim(name) => {
             apply(&Api::<PersistentVolumeClaim>::namespaced(client(), &namespace), &claim(replica, name)).await?;

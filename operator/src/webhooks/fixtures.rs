@@ -9,6 +9,9 @@ use watari_crds::{
 
 use super::settings::{Resources, SidecarSettings};
 
+/// What a case makes different from the sound object.
+pub type Change<'a> = &'a dyn Fn(&mut Value);
+
 pub const PAIR: &str = "6f1c1e0a-8a52-4c0e-9d55-0c9a3b7e4f10";
 
 pub fn settings() -> SidecarSettings {

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::webhooks::fixtures::{PAIR, names, of, pod, settings};
+use crate::webhooks::fixtures::{Change, PAIR, names, of, pod, settings};
 
 fn wired(mut pod: Value) -> Value {
     wire(&mut pod, &settings()).unwrap_or_else(|error| panic!("{error}"));
@@ -141,12 +141,9 @@ fn wiring_a_wired_pod_again_changes_nothing() {
     assert_eq!(wired(once.clone()), once);
 }
 
-/// What a case makes different from the sound object.
-type Change<'a> = &'a dyn Fn(&mut Value);
-
 #[test]
 fn a_pod_that_does_not_fit_its_wiring_is_refused_with_the_reason() {
-    let change = |change: &dyn Fn(&mut Value)| {
+    let change = |change: Change| {
         let mut pod = pod();
         change(&mut pod);
         refused(pod)

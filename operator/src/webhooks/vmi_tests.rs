@@ -5,7 +5,7 @@ use watari_crds::names::{annotation, label};
 
 use super::*;
 use crate::webhooks::{
-    fixtures::{PAIR, names, of, settings, vmi},
+    fixtures::{Change, PAIR, names, of, settings, vmi},
     placement::Placement,
 };
 
@@ -86,12 +86,9 @@ fn a_volume_without_a_device_counts_as_the_disk_that_it_will_become() {
     assert_eq!(names(&wired(before)["spec"]["volumes"]), ["root", "data", "scratch"]);
 }
 
-/// What a case makes different from the sound object.
-type Change<'a> = &'a dyn Fn(&mut Value);
-
 #[test]
 fn a_disk_that_cannot_go_through_the_sidecar_is_refused_by_name_with_the_remedy() {
-    let change = |change: &dyn Fn(&mut Value)| {
+    let change = |change: Change| {
         let mut vmi = vmi();
         change(&mut vmi);
         refused(vmi)
