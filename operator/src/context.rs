@@ -1,4 +1,4 @@
-//! What every controller holds: the client of its own cluster, its settings, clients of peers.
+//! What every controller holds: the client of its own cluster, its settings, clients of peers, and where pairs are active.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,19 +8,22 @@ use kube::{Api, Client};
 use tokio::sync::Mutex;
 
 use crate::settings::Settings;
+use crate::webhooks::placement::Placements;
 
 /// Shared by all controllers.
 #[derive(Clone)]
 pub struct Context {
     pub client: Client,
     pub settings: Arc<Settings>,
+    /// Also on a replica that does not lead ([`crate::webhooks::follow`]); admission reads it.
+    pub placements: Placements,
     /// By PeerCluster, with the version of the Secret that it was made of.
     pub(crate) peers: Arc<Mutex<HashMap<String, (String, Client)>>>,
 }
 
 impl Context {
     pub fn new(client: Client, settings: Settings) -> Context {
-        Context { client, settings: Arc::new(settings), peers: Arc::default() }
+        Context { client, settings: Arc::new(settings), placements: Placements::default(), peers: Arc::default() }
     }
 
     /// Secrets of the operator's own namespace.

@@ -1,57 +1,104 @@
-//! The operator's process: reads its command line, waits until it is the leader, runs the controllers.
+//! The operator's process: every replica of it answers the API server's webhooks; the one that holds the Lease runs the controllers.
 //!
 //! A leader that loses its Lease ends at once, and Kubernetes starts it again: two operators that both believe to lead would only repeat
 //! each other's server-side applies, and what can hurt is fenced by epochs, never by the Lease.
 
+use std::process::ExitCode;
+
 use anyhow::{Context as _, bail};
 use clap::Parser;
+use futures::FutureExt as _;
 use kube::Client;
 use kube_lease_manager::LeaseManagerBuilder;
+use tokio::sync::oneshot;
 use tracing_subscriber::EnvFilter;
 use watari_crds::names;
+use watari_operator::authority;
 use watari_operator::context::Context;
-use watari_operator::settings::Settings;
-
-#[derive(Parser)]
-#[command(version, about = "Keeps the disks of KubeVirt VMs pre-synchronised with peer clusters")]
-struct Arguments {
-    /// This site's name; each cluster has its own. It becomes part of certificates and is not changed later.
-    #[arg(long, env = "WATARI_SITE")]
-    site: String,
-    /// The operator's own namespace.
-    #[arg(long, env = "WATARI_NAMESPACE", default_value = "watari-system")]
-    namespace: String,
-    /// The sidecar's image.
-    #[arg(long, env = "WATARI_IMAGE")]
-    image: String,
-    /// Always, IfNotPresent or Never.
-    #[arg(long, env = "WATARI_IMAGE_PULL_POLICY", default_value = "IfNotPresent")]
-    image_pull_policy: String,
-    /// host:port of this site's gateway, as reachable for peers.
-    #[arg(long, env = "WATARI_GATEWAY", default_value = "")]
-    gateway: String,
-}
+use watari_operator::settings::Arguments;
+use watari_operator::webhooks::{
+    follow,
+    review::Knowledge,
+    run::{self, Serving},
+};
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().json().with_env_filter(filter).init();
+    match operate(arguments).await {
+        Ok(()) => {
+            tracing::info!("ended, as asked");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            tracing::error!("ended: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn operate(arguments: Arguments) -> anyhow::Result<()> {
     rustls::crypto::aws_lc_rs::default_provider().install_default().ok().context("this is the first provider")?;
-    let Arguments { site, namespace, image, image_pull_policy, gateway } = Arguments::parse();
+    let stop = terminated().shared();
     let client = Client::try_default().await.context("no way to the API server")?;
-    let lease = LeaseManagerBuilder::new(client.clone(), names::LEASE).with_namespace(&namespace).build().await?;
+    let context = Context::new(client, arguments.settings());
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(site = arguments.site, namespace = arguments.namespace, version, "begins");
+    tokio::try_join!(admit(context.clone(), &arguments, stop.clone()), lead(context, stop))?;
+    Ok(())
+}
+
+/// Webhooks, until `stop`.
+async fn admit(
+    context: Context,
+    arguments: &Arguments,
+    stop: impl Future<Output = ()> + Clone + Send + 'static,
+) -> anyhow::Result<()> {
+    let (told, listed) = oneshot::channel();
+    let following = follow::run(context.clone(), told);
+    let serving = async {
+        // Whoever is asked before it knows where pairs are active would let a VM start twice.
+        tokio::select! {
+            listed = listed => listed.context("nothing follows where pairs are active")?,
+            () = stop.clone() => return Ok(()),
+        }
+        let serving = Serving {
+            client: context.client.clone(),
+            listen: arguments.webhook_listen,
+            endpoint: arguments.endpoint(),
+            knowledge: Knowledge { settings: context.settings.sidecars(), placements: context.placements.clone() },
+        };
+        Ok(run::run(serving, async || authority::authorities(&context).await, stop.clone()).await?)
+    };
+    tokio::select! {
+        () = following => bail!("nothing follows where pairs are active any more"),
+        served = serving => served,
+    }
+}
+
+/// Controllers, from the moment at which this process leads, until `stop`.
+async fn lead(context: Context, stop: impl Future<Output = ()> + Clone) -> anyhow::Result<()> {
+    let lease = LeaseManagerBuilder::new(context.client.clone(), names::LEASE)
+        .with_namespace(&context.settings.namespace)
+        .build()
+        .await
+        .context("the Lease")?;
     let (mut leading, keeper) = lease.watch().await;
-    tracing::info!(site, namespace, "waiting for the Lease");
-    leading.wait_for(|leads| *leads).await.context("the Lease's keeper ended")?;
+    tracing::info!("waiting for the Lease");
+    tokio::select! {
+        leads = leading.wait_for(|leads| *leads) => drop(leads.context("the Lease's keeper ended")?),
+        () = stop.clone() => return Ok(()),
+    }
     tracing::info!("leading");
-    let context = Context::new(client, Settings { site, namespace, image, image_pull_policy, gateway });
     tokio::select! {
         () = watari_operator::run(context) => bail!("the controllers ended"),
         lost = leading.wait_for(|leads| !*leads) => {
             drop(lost);
             bail!("the Lease is lost: another operator may lead");
         }
-        _ = terminated() => {}
+        () = stop => {}
     }
     // Given back, so that the next one need not wait until it runs out.
     drop(leading);

@@ -125,6 +125,15 @@ impl Folders {
             _ => Err(Error::Busy(path)),
         }
     }
+
+    /// Waits until nobody else holds what is called `what`: clusters may be shared by several people's tests, and some objects exist
+    /// once in a cluster. Held and let go of like [`Folders::lock`].
+    pub fn claim(&self, what: &str) -> Result<File, Error> {
+        let path = self.root.join(format!("{what}.lock"));
+        let file = File::create(&path).map_err(at(&path))?;
+        file.lock().map_err(at(&path))?;
+        Ok(file)
+    }
 }
 
 /// Writes a file so that readers see all or nothing of it, also after a `kill -9` in between.

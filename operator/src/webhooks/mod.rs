@@ -11,8 +11,9 @@
 //! unwired because something was not understood.
 //!
 //! Admission looks nothing up: the wiring comes with the object as an annotation (`watari_crds::wiring`), and where a pair is
-//! active comes from memory ([`placement`]). What is unknown is allowed: the sidecar itself asks its peer's epoch at a boot.
+//! active comes from memory ([`placement`], kept by [`follow`]). What is unknown is allowed: the sidecar itself asks its peer's epoch at a boot.
 
+pub mod follow;
 pub mod objects;
 pub mod placement;
 pub mod pod;

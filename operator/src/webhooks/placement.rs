@@ -9,11 +9,13 @@ use std::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Placement {
     Here,
-    /// Only as the receiver of a migration.
+    /// It is moving here: only as the receiver of that migration.
     Receiving {
         /// The site where it is active now.
         active_site: String,
     },
+    /// Not at all, but for a receiver: that one has no Pod until there is a migration, and runs nothing before the handover, whose
+    /// rules are the sidecars'.
     Elsewhere {
         active_site: String,
         /// What this side is instead, for people: "Replica", "Fenced".
@@ -66,7 +68,7 @@ impl Placement {
     pub fn admits(&self, receiver: bool) -> Result<(), Elsewhere> {
         match self {
             Placement::Here => Ok(()),
-            Placement::Receiving { .. } if receiver => Ok(()),
+            Placement::Receiving { .. } | Placement::Elsewhere { .. } if receiver => Ok(()),
             Placement::Receiving { active_site } => Err(Elsewhere::Moving { active_site: active_site.clone() }),
             Placement::Elsewhere { active_site, role_here, sync_pair } => Err(Elsewhere::Active {
                 active_site: active_site.clone(),

@@ -1,11 +1,11 @@
 //! From `kubectl apply` of a SyncPair to a replica that listens at the peer and a VM that is wired, and back to nothing.
 //!
-//! The VM stays off: what its start does is the webhooks' part.
+//! The VM stays off; what admission would make of its start is asked with `dryRun`.
 
 use anyhow::ensure;
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Secret, Service};
-use kube::Api;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, PostParams};
+use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use watari_clusters::provision::SHARED_CLASS;
 use watari_crds::kubevirt::VirtualMachine;
@@ -81,6 +81,8 @@ async fn play(scene: &Scene) -> anyhow::Result<()> {
         .await?;
     }
 
+    wired(scene).await?;
+
     pairs.delete("shop", &DeleteParams::default()).await?;
     until("the pair and its replica to be gone", async || {
         let gone = pairs.get_opt("shop").await?.is_none() && replicas.get_opt("shop").await?.is_none();
@@ -95,6 +97,38 @@ async fn play(scene: &Scene) -> anyhow::Result<()> {
     ensure!(!vm.spec.template.metadata.labels.contains_key(label::PAIR), "the VM is still wired");
     scene.api::<PersistentVolumeClaim>(a).get("shop-root").await?;
     Ok(())
+}
+
+/// The API server asks the operators: a start of the VM is wired at home and refused at the peer.
+async fn wired(scene: &Scene) -> anyhow::Result<()> {
+    let (a, b) = (&scene.pair.a.client, &scene.pair.b.client);
+    let template = vms(scene, a).get("shop").await?.data["spec"]["template"].clone();
+    let mut vmi = json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
+        "metadata": template["metadata"], "spec": template["spec"],
+    });
+    vmi["metadata"]["name"] = json!("shop");
+    let vmi: DynamicObject = serde_json::from_value(vmi)?;
+    let dry_run = PostParams { dry_run: true, ..PostParams::default() };
+    let vmis = |client: &Client| -> Api<DynamicObject> {
+        let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("kubevirt.io", "v1", "VirtualMachineInstance"));
+        Api::namespaced_with(client.clone(), &scene.namespace, &resource)
+    };
+    // The operator's authority reaches the API server a moment after the operator begins.
+    let started =
+        until("the webhooks at home to answer", async || Ok(vmis(a).create(&dry_run, &vmi).await.ok())).await?;
+    ensure!(started.annotations().get(annotation::WIRED).map(String::as_str) == Some("true"), "{started:?}");
+    ensure!(started.annotations().contains_key(annotation::HOOK_SIDECARS), "{started:?}");
+    until("the peer to refuse a start, since the VM is active at home", async || {
+        let refused = vmis(b).create(&dry_run, &vmi).await.err().map(|error| error.to_string()).unwrap_or_default();
+        Ok(refused.contains("this VM is active at site tokyo").then_some(()))
+    })
+    .await
+}
+
+/// VirtualMachines as people write them, with fields that our view does not know.
+fn vms(scene: &Scene, client: &Client) -> Api<DynamicObject> {
+    Api::namespaced_with(client.clone(), &scene.namespace, &ApiResource::erase::<VirtualMachine>(&()))
 }
 
 /// A VM that does not run, with one disk on a claim that is bound at once.
@@ -116,10 +150,7 @@ async fn vm(scene: &Scene) -> anyhow::Result<()> {
             "volumes": [{ "name": "root", "persistentVolumeClaim": { "claimName": "shop-root" } }],
         } } },
     });
-    // As the person wrote it, with fields that our view does not know.
-    let resource = kube::api::ApiResource::erase::<VirtualMachine>(&());
-    let vms: Api<kube::api::DynamicObject> = Api::namespaced_with(a.clone(), &scene.namespace, &resource);
-    vms.create(&PostParams::default(), &serde_json::from_value(vm)?).await?;
+    vms(scene, a).create(&PostParams::default(), &serde_json::from_value(vm)?).await?;
     Ok(())
 }
 

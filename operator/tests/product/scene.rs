@@ -1,10 +1,14 @@
 //! Two clusters with an operator each: processes on this machine, in the network of a node, so that they reach the Pods' sidecars
-//! as a Pod would. Everything is in namespaces of the test's own and ends with it.
+//! as a Pod would, and the API server reaches their webhooks. Everything is in namespaces of the test's own and ends with it. What exists
+//! once in a cluster (PeerClusters, webhook configurations, a site's name) is why only one scene at a time is played on it.
 
+use std::fs::File;
+use std::net::TcpListener;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration};
 use k8s_openapi::api::core::v1::{Namespace, Secret};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
@@ -14,14 +18,17 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use watari_clusters::handle::{Ours, Pair};
 use watari_clusters::images::SIDECAR_IMAGE;
-use watari_clusters::node;
 use watari_clusters::plan::ClusterPlan;
+use watari_clusters::{network, node};
 use watari_crds::names::{self, label};
 use watari_crds::peer::PeerCluster;
+use watari_operator::webhooks::objects::{Endpoint, configurations};
 
 /// Until something has happened on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
 const POLL: Duration = Duration::from_millis(500);
+/// Whoever runs operators on the clusters holds the claim of this name.
+pub const OPERATORS: &str = "operators";
 
 /// Two clusters, their operators, and two namespaces on each.
 pub struct Scene {
@@ -32,6 +39,8 @@ pub struct Scene {
     pub namespace: String,
     operators: Vec<Child>,
     folder: tempfile::TempDir,
+    /// Let go of last.
+    _alone: File,
 }
 
 impl Drop for Scene {
@@ -64,6 +73,7 @@ impl Scene {
             eprintln!("skipped: the operators run beside the nodes of our own clusters");
             return Ok(None);
         };
+        let alone = tokio::task::block_in_place(|| ours.folders.claim(OPERATORS))?;
         let unique = format!("{test}-{}", std::process::id());
         let (system, namespace) = (format!("watari-e2e-system-{unique}"), format!("watari-e2e-{unique}"));
         for cluster in pair.both() {
@@ -76,14 +86,35 @@ impl Scene {
             }
         }
         let folder = tempfile::tempdir()?;
-        let mut scene = Scene { pair, system, namespace, operators: Vec::new(), folder };
-        scene.start(&ours, ours.a(), "tokyo")?;
-        scene.start(&ours, ours.b(), "osaka")?;
+        let mut scene = Scene { pair, system, namespace, operators: Vec::new(), folder, _alone: alone };
+        let (a, b) = (scene.pair.a.client.clone(), scene.pair.b.client.clone());
+        for (client, cluster, site) in [(a, ours.a(), "tokyo"), (b, ours.b(), "osaka")] {
+            let port = free_port(cluster)?;
+            scene.ask(&client, port).await?;
+            scene.start(&ours, cluster, site, port)?;
+        }
         scene.introduce(&ours).await?;
         Ok(Some(scene))
     }
 
-    fn start(&mut self, ours: &Ours, cluster: &ClusterPlan, site: &str) -> anyhow::Result<()> {
+    /// Makes the API server ask the operator at `port` about the test's namespace. Whom to trust, the operator says itself.
+    async fn ask(&self, client: &Client, port: u16) -> anyhow::Result<()> {
+        let [mut mutating, mut validating] = configurations(&Endpoint::Url(format!("https://localhost:{port}")), None);
+        for configuration in [&mut mutating, &mut validating] {
+            for webhook in configuration["webhooks"].as_array_mut().into_iter().flatten() {
+                webhook["namespaceSelector"] =
+                    json!({ "matchLabels": { "kubernetes.io/metadata.name": self.namespace } });
+            }
+        }
+        let parameters = PatchParams::apply("watari-e2e").force();
+        let api: Api<MutatingWebhookConfiguration> = Api::all(client.clone());
+        api.patch(names::ADMISSION, &parameters, &Patch::Apply(&mutating)).await?;
+        let api: Api<ValidatingWebhookConfiguration> = Api::all(client.clone());
+        api.patch(names::ADMISSION, &parameters, &Patch::Apply(&validating)).await?;
+        Ok(())
+    }
+
+    fn start(&mut self, ours: &Ours, cluster: &ClusterPlan, site: &str, port: u16) -> anyhow::Result<()> {
         let kubeconfig = self.folder.path().join(site);
         std::fs::write(&kubeconfig, admin(ours, cluster)?)?;
         let log = std::fs::File::create(self.log(site))?;
@@ -91,6 +122,8 @@ impl Scene {
             .args(["netns", "exec", &cluster.control_plane().netns(), env!("CARGO_BIN_EXE_watari-operator")])
             .args(["--site", site, "--namespace", &self.system, "--image", SIDECAR_IMAGE])
             .args(["--gateway", &format!("gateway.{site}.example:7443")])
+            .args(["--webhook-listen", &format!("127.0.0.1:{port}")])
+            .args(["--webhook-url", &format!("https://localhost:{port}")])
             .env("KUBECONFIG", kubeconfig)
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -148,6 +181,9 @@ impl Scene {
             operator.wait()?;
         }
         for cluster in self.pair.both() {
+            let (client, parameters) = (cluster.client.clone(), DeleteParams::default());
+            Api::<MutatingWebhookConfiguration>::all(client.clone()).delete(names::ADMISSION, &parameters).await?;
+            Api::<ValidatingWebhookConfiguration>::all(client).delete(names::ADMISSION, &parameters).await?;
             let api: Api<Namespace> = Api::all(cluster.client.clone());
             for name in [&self.system, &self.namespace] {
                 api.delete(name, &DeleteParams::default()).await?;
@@ -155,6 +191,13 @@ impl Scene {
         }
         Ok(())
     }
+}
+
+/// A port that nobody listens on beside the cluster's API server.
+fn free_port(cluster: &ClusterPlan) -> anyhow::Result<u16> {
+    let inside = network::path(&cluster.control_plane().netns());
+    let socket = watari_e2e::netns::enter(&inside, || TcpListener::bind("127.0.0.1:0"))??;
+    Ok(socket.local_addr()?.port())
 }
 
 /// The administrator's kubeconfig, with the API server's address as the nodes know it.
