@@ -46,8 +46,6 @@ pub mod role {
     pub const CERTIFICATE: &str = "certificate";
     /// The ConfigMap with the sidecar's `sidecar.toml`.
     pub const CONFIGURATION: &str = "configuration";
-    /// The ConfigMap with the names of a pair's replica claims: the parameter of the policy that keeps foreign Pods off them.
-    pub const CLAIMS: &str = "claims";
 }
 
 /// Annotations.
@@ -137,11 +135,6 @@ pub fn metadata_claim(pair_id: &str) -> String {
     format!("watari-{pair_id}-metadata")
 }
 
-/// The ConfigMap that lists the replica claims of a pair, for the admission policy.
-pub fn claims(pair_id: &str) -> String {
-    format!("watari-{pair_id}-claims")
-}
-
 /// The replica Pod of a pair.
 pub fn replica_pod(pair_id: &str) -> String {
     format!("watari-{pair_id}-replica")
@@ -175,9 +168,7 @@ mod tests {
     #[test]
     fn every_name_made_of_an_id_fits_a_label() {
         let id = "6f1c1e0a-8a52-4c0e-9d55-0c9a3b7e4f10";
-        for name in
-            [certificate_secret(id), configuration(id), metadata_claim(id), claims(id), replica_pod(id), service(id)]
-        {
+        for name in [certificate_secret(id), configuration(id), metadata_claim(id), replica_pod(id), service(id)] {
             assert!(name.len() <= 63, "{name} has {} bytes", name.len());
         }
         assert!(server_name(id).split('.').all(|part| part.len() <= 63));

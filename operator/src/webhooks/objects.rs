@@ -4,12 +4,13 @@
 //! notices. The chart owns these objects, so that uninstalling removes them; the operator only brings its authority into them
 //! ([`trust`]), as a field of its own.
 //!
-//! The policy keeps foreign Pods off replica claims also while the operator is stopped: a ConfigMap for each pair lists
-//! its claims, and the API server itself compares. It guards against accidents; who may create Pods with our labels may also get past it.
+//! The policy keeps foreign Pods off replica claims also while the operator is stopped: the status of each SyncReplica lists the
+//! claims that were made for it, and the API server itself compares. It guards against accidents; who may create Pods with our labels may
+//! also get past it.
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
-use watari_crds::names::{ADMISSION, MANAGED_BY, WEBHOOK_SERVICE, label, role};
+use watari_crds::names::{ADMISSION, GROUP, MANAGED_BY, VERSION, WEBHOOK_SERVICE, label, role};
 
 use super::review::Hook;
 
@@ -125,15 +126,17 @@ pub fn trust(ca_pem: &str) -> [Value; 2] {
     ]
 }
 
-/// The policy on replica claims and its binding. Parameters are the ConfigMaps of [`claims`], in the Pod's own namespace.
+/// The policy on replica claims and its binding. Parameters are the SyncReplicas in the Pod's own namespace.
 ///
-/// A fault is known: an API server (seen with 1.34) that has lost its last policy with ConfigMaps as parameters sees no new
-/// ConfigMap through a later one until it restarts, and then this policy refuses nothing. So it protects after the first
-/// installation, and after a reinstallation perhaps not. A parameter of our own kind would not share that watch.
+/// - `status.claims`, not the names in the spec: the peer writes the spec, and must not decide which of our claims nobody may use.
+/// - The kind is our own. With ConfigMaps as parameters an API server (1.34) that had lost its last such policy saw no new ConfigMap
+///   through a later one until it was restarted.
+/// - What cannot be evaluated is allowed (`Ignore`): that happens where our definitions were deleted, and then there is nothing to
+///   protect; to refuse would keep every Pod of the cluster from being made.
 pub fn claims_policy() -> [Value; 2] {
     let name = format!("claims.{ADMISSION}");
     let ours = format!(
-        "'{pair}' in variables.labels && variables.labels['{pair}'] in variables.claims.map(claim, variables.claims[claim]) && \
+        "'{pair}' in variables.labels && variables.labels['{pair}'] == params.spec.pairId && \
          (('{role}' in variables.labels && variables.labels['{role}'] == '{replica}') || \
           ('{kubevirt}' in variables.labels && variables.labels['{kubevirt}'] == '{launcher}'))",
         pair = label::PAIR,
@@ -146,14 +149,15 @@ pub fn claims_policy() -> [Value; 2] {
         "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicy",
         "metadata": metadata(&name),
         "spec": {
-            "failurePolicy": "Fail",
-            "paramKind": { "apiVersion": "v1", "kind": "ConfigMap" },
+            "failurePolicy": "Ignore",
+            "paramKind": { "apiVersion": format!("{GROUP}/{VERSION}"), "kind": "SyncReplica" },
             "matchConstraints": { "resourceRules": [{
                 "apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"],
             }] },
             "variables": [
                 { "name": "labels", "expression": "has(object.metadata.labels) ? object.metadata.labels : {}" },
-                { "name": "claims", "expression": "has(params.data) ? params.data : {}" },
+                { "name": "claims", "expression":
+                    "has(params.status) && has(params.status.claims) ? params.status.claims : {}" },
                 { "name": "ours", "expression": ours },
                 { "name": "taken", "expression":
                     "has(object.spec.volumes) ? object.spec.volumes.filter(v, has(v.persistentVolumeClaim) && \
@@ -162,8 +166,9 @@ pub fn claims_policy() -> [Value; 2] {
             "validations": [{
                 "expression": "variables.ours || size(variables.taken) == 0",
                 "messageExpression":
-                    "'claim ' + variables.taken[0] + ' holds the replica of a VM that is active at another site (pair ' + \
-                     variables.claims[variables.taken[0]] + '); a Pod that writes to it would destroy the replica. Unpair the VM or promote it first'",
+                    "'claim ' + variables.taken[0] + ' belongs to the replica of VM ' + params.spec.vmName + ' (SyncReplica ' + \
+                     params.metadata.name + ', pair ' + params.spec.pairId + '): another Pod that writes to it would destroy the replica. \
+                     Unpair the VM first'",
                 "reason": "Forbidden",
             }],
         },
@@ -174,25 +179,9 @@ pub fn claims_policy() -> [Value; 2] {
         "spec": {
             "policyName": name,
             "validationActions": ["Deny"],
-            "paramRef": {
-                "selector": { "matchLabels": { label::ROLE: role::CLAIMS } },
-                "parameterNotFoundAction": "Allow",
-            },
+            // All of the Pod's namespace.
+            "paramRef": { "selector": {}, "parameterNotFoundAction": "Allow" },
         },
     });
     [policy, binding]
-}
-
-/// The parameter of one pair: each claim's name, and the pair it belongs to.
-pub fn claims(namespace: &str, pair_id: &str, claims: &[String]) -> Value {
-    let data: serde_json::Map<String, Value> =
-        claims.iter().map(|claim| (claim.clone(), Value::from(pair_id))).collect();
-    json!({
-        "apiVersion": "v1", "kind": "ConfigMap",
-        "metadata": {
-            "name": watari_crds::names::claims(pair_id), "namespace": namespace,
-            "labels": { label::PAIR: pair_id, label::ROLE: role::CLAIMS, label::MANAGED: MANAGED_BY },
-        },
-        "data": data,
-    })
 }

@@ -5,11 +5,14 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../support/definitions.rs"]
+mod definitions;
+
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, ensure};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, ServiceAccount};
+use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
 use kube::{
     Api, Client, ResourceExt,
     api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams},
@@ -19,6 +22,7 @@ use tokio::{net::TcpListener, sync::oneshot};
 use watari_clusters::{handle::Pair, network};
 use watari_crds::{
     names::{annotation, label, role},
+    replica::SyncReplica,
     wiring::{VolumeMode, WiredDisk, Wiring},
 };
 use watari_operator::{
@@ -63,6 +67,7 @@ impl Stage {
             return Ok(None);
         };
         let client = pair.a.client.clone();
+        definitions::install(&client).await?;
         let name = format!("watari-admission-{test}-{}", std::process::id());
         let namespaces: Api<Namespace> = Api::all(client.clone());
         namespaces
@@ -209,6 +214,22 @@ fn vmi() -> Value {
     })
 }
 
+/// Written for a site that is not here, so that no operator does anything about it.
+fn replica() -> Value {
+    json!({
+        "apiVersion": "watari.io/v1alpha1", "kind": "SyncReplica", "metadata": { "name": "vm1" },
+        "spec": {
+            "pairId": PAIR, "pairName": "default/vm1", "vmName": "vm1", "homeSite": "tokyo", "site": "nowhere",
+            "disks": [{
+                "name": "root", "claim": "vm1-root", "sizeBytes": 4096, "claimBytes": 4096, "mode": "Block",
+                "access": "ReadWriteOnce",
+            }],
+            "metadata": { "sizeBytes": 1 << 30, "access": "ReadWriteOnce" },
+            "interval": "10s", "retention": { "count": 3 }, "homeAuthorities": "none",
+        },
+    })
+}
+
 fn plain_pod(name: &str, claim: &str) -> Value {
     json!({
         "metadata": { "name": name },
@@ -272,7 +293,6 @@ async fn wired_and_nothing_else(stage: &mut Stage) -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "passes only where no such policy was deleted since the API server started: see objects::claims_policy"]
 async fn foreign_pods_are_kept_off_replica_claims_without_any_operator() -> anyhow::Result<()> {
     let Some(stage) = Stage::set("claims").await? else { return Ok(()) };
     let result = foreign_pods(&stage).await;
@@ -284,10 +304,15 @@ async fn foreign_pods(stage: &Stage) -> anyhow::Result<()> {
     for object in objects::claims_policy() {
         stage.apply(object).await?;
     }
-    stage.dry_run(&plain_pod("early", "vm1-root")).await.context("no claim is listed yet")?;
-    let maps: Api<ConfigMap> = Api::namespaced(stage.client.clone(), &stage.name);
-    let map = serde_json::from_value(objects::claims(&stage.name, PAIR, &["vm1-root".to_owned()]))?;
-    let map: ConfigMap = maps.create(&PostParams::default(), &map).await?;
+    stage.dry_run(&plain_pod("early", "vm1-root")).await.context("there is no replica yet")?;
+    let replicas: Api<SyncReplica> = Api::namespaced(stage.client.clone(), &stage.name);
+    let replica = replicas.create(&PostParams::default(), &serde_json::from_value(replica())?).await?;
+    stage
+        .dry_run(&plain_pod("named", "vm1-root"))
+        .await
+        .context("the spec alone, which the peer writes, takes no claim")?;
+    let made = json!({ "status": { "claims": { "vm1-root": "some-uid", "watari-metadata": "another-uid" } } });
+    replicas.patch_status(&replica.name_any(), &PatchParams::default(), &Patch::Merge(made)).await?;
     let error = std::cell::RefCell::new(String::new());
     until("the policy to be in force", async || {
         let outcome = stage.dry_run(&plain_pod("foreign", "vm1-root")).await;
@@ -296,9 +321,13 @@ async fn foreign_pods(stage: &Stage) -> anyhow::Result<()> {
     })
     .await?;
     ensure!(
-        error.borrow().contains("claim vm1-root holds the replica") && error.borrow().contains(PAIR),
+        error.borrow().contains("claim vm1-root belongs to the replica of VM vm1") && error.borrow().contains(PAIR),
         "{}",
         error.borrow()
+    );
+    ensure!(
+        stage.dry_run(&plain_pod("curious", "watari-metadata")).await.is_err(),
+        "the metadata claim is open to all"
     );
     stage.dry_run(&plain_pod("other", "another-claim")).await.context("other claims are nobody's business")?;
     let mut volumeless = plain_pod("none", "x");
@@ -320,7 +349,10 @@ async fn foreign_pods(stage: &Stage) -> anyhow::Result<()> {
     ] {
         ensure!(stage.dry_run(&with(labels.clone())).await.is_err(), "{labels} was let in");
     }
-    maps.delete(&map.name_any(), &DeleteParams::default()).await?;
+    let mut doppelganger = with(json!({ label::PAIR: PAIR, "kubevirt.io": "virt-launcher" }));
+    doppelganger["metadata"]["annotations"] = json!({ annotation::EPHEMERAL_PROVISIONING: "true" });
+    stage.dry_run(&doppelganger).await.context("KubeVirt's Pod that has the VM's claims bound")?;
+    replicas.delete(&replica.name_any(), &DeleteParams::default()).await?;
     until("the policy to let go", async || Ok(stage.dry_run(&plain_pod("late", "vm1-root")).await.is_ok())).await?;
     Ok(())
 }

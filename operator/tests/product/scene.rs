@@ -10,10 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration};
 use k8s_openapi::api::core::v1::{Namespace, Secret};
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
-use kube::runtime::wait::{await_condition, conditions::is_crd_established};
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, Client};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use watari_clusters::handle::{Ours, Pair};
@@ -23,6 +21,8 @@ use watari_clusters::{network, node};
 use watari_crds::names::{self, label};
 use watari_crds::peer::PeerCluster;
 use watari_operator::webhooks::objects::{Endpoint, configurations};
+
+use crate::definitions;
 
 /// Until something has happened on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -77,7 +77,7 @@ impl Scene {
         let unique = format!("{test}-{}", std::process::id());
         let (system, namespace) = (format!("watari-e2e-system-{unique}"), format!("watari-e2e-{unique}"));
         for cluster in pair.both() {
-            install(&cluster.client).await?;
+            definitions::install(&cluster.client).await?;
             kubevirt_standin::crds::apply(&cluster.client).await?;
             for name in [&system, &namespace] {
                 let api: Api<Namespace> = Api::all(cluster.client.clone());
@@ -203,17 +203,6 @@ fn free_port(cluster: &ClusterPlan) -> anyhow::Result<u16> {
 /// The administrator's kubeconfig, with the API server's address as the nodes know it.
 fn admin(ours: &Ours, cluster: &ClusterPlan) -> anyhow::Result<String> {
     Ok(node::run(&ours.folders, &cluster.control_plane(), "cat", &["/etc/kubernetes/admin.conf"])?)
-}
-
-/// Installs our definitions as the chart does.
-async fn install(client: &Client) -> anyhow::Result<()> {
-    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
-    for definition in watari_crds::definitions() {
-        let name = definition.name_any();
-        api.patch(&name, &PatchParams::apply("watari-crds").force(), &Patch::Apply(&definition)).await?;
-        tokio::time::timeout(PATIENCE, await_condition(api.clone(), &name, is_crd_established())).await??;
-    }
-    Ok(())
 }
 
 /// The status of a condition in an object, and its message.
