@@ -47,6 +47,8 @@ pub enum Kind {
     RestartRequired,
     /// SyncPair: the running VM's sidecar says something that a person should know.
     Attention,
+    /// SyncPair: the VM is not where `activeSite` wants it, and nothing moves because `atMove` is not `status.moves`.
+    SiteDiffers,
 }
 
 /// Why a condition is as it is.
@@ -98,6 +100,14 @@ pub enum Reason {
     SidecarReports,
     /// The operator could not do something and tries again; the message says what.
     Retrying,
+    /// The VM is on its way to the other site.
+    Moving,
+    /// An attempt to move the VM failed; it runs where it was.
+    MoveFailed,
+    /// The VM is active at the other site.
+    ActiveElsewhere,
+    /// `activeSite` was written when the VM had another history: `atMove` is not `status.moves`.
+    AtMoveDiffers,
 }
 
 impl Kind {
@@ -109,6 +119,7 @@ impl Kind {
             Kind::Stalled => "Stalled",
             Kind::RestartRequired => "RestartRequired",
             Kind::Attention => "Attention",
+            Kind::SiteDiffers => "SiteDiffers",
         }
     }
 }
@@ -122,7 +133,7 @@ impl Reason {
     /// What a person should do next; empty when there is nothing to do.
     pub fn next_step(self) -> &'static str {
         match self {
-            Reason::AsAsked | Reason::Preparing | Reason::Synchronizing => "",
+            Reason::AsAsked | Reason::Preparing | Reason::Synchronizing | Reason::Moving => "",
             Reason::PeerUnreachable => {
                 "Check that the server in the peer's kubeconfig is reachable from here and that its token is valid; `kubectl watari connect` renews it."
             }
@@ -155,6 +166,15 @@ impl Reason {
             }
             Reason::SidecarReports => "",
             Reason::Retrying => "If it stays, see the operator's log.",
+            Reason::MoveFailed => {
+                "It is tried again by itself; to give it up set `spec.activeSite` to where the VM is."
+            }
+            Reason::ActiveElsewhere => {
+                "Move it home first: set `spec.activeSite` to Source and `spec.atMove` to `status.moves`."
+            }
+            Reason::AtMoveDiffers => {
+                "To move the VM set `spec.atMove` to `status.moves` (or run `kubectl watari cutover`); to leave it, set `spec.activeSite` to `status.activeSite`."
+            }
         }
     }
 }

@@ -61,6 +61,60 @@ pub struct VmiStatus {
     pub node_name: String,
     /// UID of each Pod that belongs to the VMI, with its node.
     pub active_pods: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration_state: Option<MigrationState>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct MigrationState {
+    pub failed: bool,
+    pub failure_reason: String,
+}
+
+/// `VirtualMachineInstanceMigration`: one for each side of a migration between clusters.
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[kube(group = "kubevirt.io", version = "v1", kind = "VirtualMachineInstanceMigration")]
+#[kube(plural = "virtualmachineinstancemigrations", namespaced, status = "VmimStatus", schema = "disabled")]
+#[serde(rename_all = "camelCase", default)]
+pub struct VmimSpec {
+    pub vmi_name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub send_to: Option<SendTo>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub receive: Option<Receive>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub added_node_selector: BTreeMap<String, String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SendTo {
+    #[serde(rename = "migrationID")]
+    pub migration_id: String,
+    /// `host:port`, no scheme.
+    #[serde(rename = "connectURL")]
+    pub connect_url: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Receive {
+    #[serde(rename = "migrationID")]
+    pub migration_id: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmimStatus {
+    pub phase: String,
+}
+
+impl VirtualMachineInstanceMigration {
+    /// Its phase; empty before KubeVirt has seen it.
+    pub fn phase(&self) -> &str {
+        self.status.as_ref().map_or("", |status| status.phase.as_str())
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -164,6 +218,8 @@ pub struct KubeVirtSpec {
 #[serde(rename_all = "camelCase", default)]
 pub struct KubeVirtStatus {
     pub observed_kube_virt_version: String,
+    /// `host:port` of the synchronization controller.
+    pub synchronization_addresses: Vec<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -14,6 +14,7 @@
 
 pub mod card;
 pub mod conditions;
+pub mod crossing;
 pub mod generate;
 pub mod kubevirt;
 pub mod names;

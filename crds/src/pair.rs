@@ -1,6 +1,6 @@
 //! SyncPair: one VM here, kept at a peer. It lives in the VM's namespace and stays at the VM's home.
 //!
-//! What it cannot ask for yet (moving the VM, promotion, filesystem-consistent cuts) has no field; `operator/README.md` lists it.
+//! What it cannot ask for yet (promotion, filesystem-consistent cuts) has no field; `operator/README.md` lists it.
 
 use kube::core::Duration;
 use kube::{CustomResource, KubeSchema};
@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::conditions::Condition;
+use crate::crossing::{Site, Stage};
 
 /// What a person asks for.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
@@ -40,6 +41,19 @@ use crate::conditions::Condition;
     type_ = "string",
     description = "How long the data of a move would need on the link, as measured.",
     json_path = ".status.summary.transfer"
+))]
+#[kube(printcolumn(
+    name = "Active",
+    type_ = "string",
+    description = "Where the VM is active: Source is the pair's home.",
+    json_path = ".status.activeSite"
+))]
+#[kube(printcolumn(
+    name = "Moves",
+    type_ = "integer",
+    description = "What atMove must be for a wish to move.",
+    json_path = ".status.moves",
+    priority = 1
 ))]
 #[kube(printcolumn(
     name = "Restart",
@@ -90,6 +104,64 @@ pub struct SyncPairSpec {
     /// The claim on each side that holds what belongs to the synchronisation itself (journal, history, marks).
     #[serde(default)]
     pub metadata: Metadata,
+    /// Where the VM shall run. A change moves it, if `atMove` says that it knows where the VM is.
+    #[serde(default)]
+    pub active_site: Site,
+    /// `status.moves` at the time of writing. While it differs from it, a wish to move is shown (`SiteDiffers`) and nothing moves: an old
+    /// manifest that is applied again, or a site that returns, never moves a VM by itself.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    #[schemars(range(min = 0))]
+    pub at_move: i64,
+    /// When a wished move begins.
+    #[serde(default, skip_serializing_if = "Cutover::is_default")]
+    pub cutover: Cutover,
+}
+
+/// When a wished move begins.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("(has(self.policy) && self.policy == 'At') == has(self.at)")
+    .message("cutover.at is the time for the policy At, and only for that"))]
+#[x_kube(validation = Rule::new("(has(self.policy) && self.policy == 'WhenReady') == (has(self.maxBytes) || has(self.maxSeconds))")
+    .message("the policy WhenReady, and only that, needs cutover.maxBytes or cutover.maxSeconds"))]
+pub struct Cutover {
+    #[serde(default)]
+    pub policy: CutoverPolicy,
+    /// WhenReady: the peer may lack at most so much disk content, as a quantity of bytes such as 64Mi.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    #[x_kube(validation = Rule::new("isQuantity(self) && quantity(self).compareTo(quantity('4Ki')) >= 0")
+        .message("cutover.maxBytes is a quantity of bytes, at least 4Ki, such as 64Mi"))]
+    pub max_bytes: Option<String>,
+    /// WhenReady: what the peer lacks, disks and memory, may take the link at most so long, seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 86_400))]
+    pub max_seconds: Option<i64>,
+    /// At: not before this time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
+    pub at: Option<jiff::Timestamp>,
+}
+
+impl Cutover {
+    fn is_default(&self) -> bool {
+        *self == Cutover::default()
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum CutoverPolicy {
+    /// At once.
+    #[default]
+    Manual,
+    /// As soon as little enough is left to send.
+    WhenReady,
+    /// At a time.
+    At,
+}
+
+fn is_zero(count: &i64) -> bool {
+    *count == 0
 }
 
 /// One volume of the VM.
@@ -189,6 +261,59 @@ pub struct SyncPairStatus {
     /// The same for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub summary: Option<Summary>,
+    /// Where the VM is active, as the sidecars' epochs say.
+    #[serde(default)]
+    pub active_site: Site,
+    /// How often it has changed its site.
+    #[serde(default)]
+    pub moves: i64,
+    /// The move that is under way, or the attempt that failed last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crossing: Option<PairCrossing>,
+    /// The last moves, newest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<Moved>,
+}
+
+/// An attempt to move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PairCrossing {
+    pub id: String,
+    pub to: Site,
+    /// The VM does not run.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stopped: bool,
+    pub stage: Stage,
+    /// For people.
+    #[serde(default)]
+    pub message: String,
+    #[schemars(with = "String", extend("format" = "date-time"))]
+    pub began: jiff::Timestamp,
+    /// When it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
+    pub failed: Option<jiff::Timestamp>,
+    /// Attempts at this move so far, this one included.
+    #[serde(default)]
+    pub attempt: i64,
+    /// What the prediction was when it began, seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predicted_seconds: Option<i64>,
+}
+
+/// A move that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Moved {
+    pub to: Site,
+    #[schemars(with = "String", extend("format" = "date-time"))]
+    pub ended: jiff::Timestamp,
+    /// From the beginning of the attempt until the VM was seen running at its new site. Absent: it was not planned here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predicted_seconds: Option<i64>,
 }
 
 /// Where a pair stands, in one word.
@@ -209,6 +334,8 @@ pub enum Phase {
     Paused,
     /// The VM does not run; the peer has what was last sent.
     Stopped,
+    /// The VM is on its way to the other site.
+    Moving,
     /// It is being taken apart.
     Deleting,
 }

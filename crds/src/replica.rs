@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::conditions::Condition;
+use crate::crossing::{Crossing, CrossingStatus, MigrationEnd};
 use crate::pair::Retention;
 use crate::wiring::VolumeMode;
 
@@ -75,6 +76,21 @@ pub struct SyncReplicaSpec {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(length(max = 64))]
     pub node_selector: BTreeMap<String, String>,
+    /// The VirtualMachine as it shall be made here when it comes: `metadata` (name, labels, annotations) and `spec`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "kept_as_it_is")]
+    pub vm: Option<serde_json::Value>,
+    /// The home's end of migrations between the clusters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub home_migration: Option<MigrationEnd>,
+    /// The move that is under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crossing: Option<Crossing>,
+}
+
+/// An object whose fields are KubeVirt's business.
+fn kept_as_it_is(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true })
 }
 
 /// One disk.
@@ -148,6 +164,9 @@ pub struct SyncReplicaStatus {
     /// The role that the folder's owner reports: Replica, Serving, …
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<String>,
+    /// The counter of the epoch that goes with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<i64>,
     /// "epoch.number" of the newest whole generation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub committed: Option<String>,
@@ -157,4 +176,19 @@ pub struct SyncReplicaStatus {
     /// Node of the replica's Pod.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
+    /// The VM has a Pod here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub running: bool,
+    /// While the VM is active here: bytes that the home does not have yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lag_bytes: Option<i64>,
+    /// The same, with the VM's memory: how long the link would need, seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transfer_seconds: Option<i64>,
+    /// This site's end of migrations between the clusters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationEnd>,
+    /// How far this side is with the move that `spec.crossing` names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crossing: Option<CrossingStatus>,
 }

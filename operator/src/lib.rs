@@ -6,6 +6,7 @@
 //!   card, peer   what this site says of itself; what can be done with a peer          PeerCluster
 //!   pair         at the VM's home: the replica at the peer, the VM's wiring, status   SyncPair
 //!   replica      at the peer: claims, certificate, configuration, Service, Pod        SyncReplica
+//!   side         a move, as each of the two does its part of it
 //!   routes       the gateway's routes, from the pairs' Services
 //! ```
 
@@ -22,6 +23,7 @@ pub mod pki;
 pub mod replica;
 pub mod routes;
 pub mod settings;
+pub mod side;
 pub mod sidecar;
 pub mod webhooks;
 

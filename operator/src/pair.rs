@@ -3,6 +3,7 @@
 //! observe → validate → decide (pure) → act → report. It never restarts a VM: what waits for a restart is a condition.
 
 pub mod act;
+pub mod crossing;
 pub mod decide;
 pub mod disks;
 pub mod observe;
@@ -18,10 +19,12 @@ use kube::{Api, ResourceExt};
 use watari_crds::pair::SyncPair;
 
 use crate::context::Context;
-use crate::{authority, sidecar};
+use crate::{authority, side, sidecar};
 
 /// How often a pair is looked at; its status is at most this old.
 const PERIOD: Duration = Duration::from_secs(10);
+/// While the VM crosses: a move of 30 s is not worth waiting ten for each step.
+const CROSSING: Duration = Duration::from_secs(2);
 /// After an error.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -34,6 +37,8 @@ pub enum Error {
     Certificate(#[from] authority::Error),
     #[error(transparent)]
     Sidecar(#[from] sidecar::Error),
+    #[error(transparent)]
+    Side(#[from] side::act::Error),
     /// What the peer stored is not what was sent: its definitions do not know a field.
     #[error(
         "the peer stored less than was sent: its definitions are older; upgrade the chart and its definitions there"
@@ -68,7 +73,8 @@ async fn reconcile(pair: Arc<SyncPair>, context: Arc<Context>) -> Result<Action,
         return Ok(Action::await_change());
     }
     report::report(&context, &pair, &seen, &decision, failure.as_ref().map(|error| error.to_string())).await?;
-    failure.map_or(Ok(Action::requeue(PERIOD)), Err)
+    let crosses = decision.course.as_ref().is_some_and(crossing::Course::is_under_way);
+    failure.map_or(Ok(Action::requeue(if crosses { CROSSING } else { PERIOD })), Err)
 }
 
 /// The namespace of the pair's replica at the peer.

@@ -4,6 +4,7 @@
 //! claim is deleted only while the folder's owner says that it is a replica.
 
 pub mod act;
+pub mod crossing;
 pub mod decide;
 pub mod observe;
 pub mod pod;
@@ -23,13 +24,16 @@ use watari_crds::names::{finalizer, label, role};
 use watari_crds::replica::{SyncReplica, SyncReplicaStatus};
 
 use crate::apply::{apply_status, set_finalizer};
+use crate::authority;
 use crate::context::Context;
-use crate::{authority, sidecar};
+use crate::side::{self, Progress, act::Whose};
 
 /// While nothing changes, the sidecar's report is read this often.
 const PERIOD: Duration = Duration::from_secs(15);
 /// After an error, and while something is on its way.
 const RETRY: Duration = Duration::from_secs(5);
+/// While a VM crosses.
+const CROSSING: Duration = Duration::from_secs(2);
 
 /// Why a reconcile could not be finished; the next one begins from what it observes.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +43,7 @@ pub enum Error {
     #[error(transparent)]
     Certificate(#[from] authority::Error),
     #[error(transparent)]
-    Sidecar(#[from] sidecar::Error),
+    Side(#[from] side::act::Error),
 }
 
 /// Runs until the process ends.
@@ -71,8 +75,32 @@ async fn reconcile(replica: Arc<SyncReplica>, context: Arc<Context>) -> Result<A
         set_finalizer(&api(&context, &replica), &replica, finalizer::REPLICA, false).await?;
         return Ok(Action::await_change());
     }
-    report(&context, &replica, &seen, &decision).await?;
-    Ok(Action::requeue(if decision.is_settled() { PERIOD } else { RETRY }))
+    let mut progress = crossing::decide(&replica, &context.settings.site, &seen.side);
+    let failure = cross(&context, &replica, &seen, &progress).await.err();
+    if let Some(error) = &failure {
+        progress.message = format!("{} Trying again: {error}.", progress.message);
+    }
+    report(&context, &replica, &seen, &decision, &progress).await?;
+    match failure {
+        Some(error) => Err(error.into()),
+        None if replica.spec.crossing.is_some() => Ok(Action::requeue(CROSSING)),
+        None => Ok(Action::requeue(if decision.is_settled() { PERIOD } else { RETRY })),
+    }
+}
+
+async fn cross(
+    context: &Context,
+    replica: &SyncReplica,
+    seen: &observe::Seen,
+    progress: &Progress,
+) -> Result<(), side::act::Error> {
+    let namespace = replica.namespace().expect("a SyncReplica is namespaced");
+    let spec = &replica.spec;
+    let whose = Whose { namespace: &namespace, pair_id: &spec.pair_id, vm: &spec.vm_name };
+    for step in &progress.steps {
+        side::act::act(context, whose, &seen.side, step).await?;
+    }
+    Ok(())
 }
 
 fn api(context: &Context, replica: &SyncReplica) -> Api<SyncReplica> {
@@ -85,19 +113,29 @@ async fn report(
     replica: &SyncReplica,
     seen: &observe::Seen,
     decision: &decide::Decision,
+    progress: &Progress,
 ) -> kube::Result<()> {
     let before = replica.status.clone().unwrap_or_default();
     let generation = replica.metadata.generation.unwrap_or_default();
-    let sidecar = seen.report.as_ref().and_then(|report| report.replica.as_ref());
+    let side = &seen.side;
+    let sidecar = side.report.as_ref().and_then(|report| report.replica.as_ref());
     let filled = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    let left = side.report.as_ref().filter(|report| side::accepts_writes(&report.role));
+    let left = left.map(|report| side::remains(report, side.memory()));
     let status = SyncReplicaStatus {
         observed_generation: generation,
         conditions: merged(&before.conditions, &decision.findings, generation, Timestamp::now()),
         claims: decision.claims.clone(),
-        role: seen.report.as_ref().and_then(|report| filled(&report.role)).or(before.role.clone()),
+        role: side.role().map(str::to_owned).or(before.role.clone()),
+        epoch: side.report.as_ref().and_then(|report| i64::try_from(report.epoch).ok()).or(before.epoch),
         committed: sidecar.and_then(|it| filled(&it.committed)).or(before.committed.clone()),
         kept: sidecar.map_or_else(|| before.kept.clone(), |it| it.kept.clone()),
         node: seen.pod.as_ref().and_then(|pod| pod.node.clone()),
+        running: side.launcher.is_some(),
+        lag_bytes: left.map(|(bytes, _)| bytes),
+        transfer_seconds: left.and_then(|(_, seconds)| seconds),
+        migration: side.kubevirt.as_ref().map(|kubevirt| kubevirt.end.clone()),
+        crossing: crossing::status(&replica.spec, side, progress),
     };
     if status != before {
         apply_status(&api(context, replica), "SyncReplica", &replica.name_any(), &status).await?;

@@ -16,7 +16,9 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
 use watari_crds::names::{self, port};
 use watari_wire::control::control_client::ControlClient;
-use watari_wire::control::{ConfigureRequest, StatusRequest};
+use watari_wire::control::{
+    AcquireRequest, ConfigureRequest, IntentReply, OpenHandoverRequest, StatusRequest, VoidRequest,
+};
 use watari_wire::report::Report;
 
 use crate::authority::text;
@@ -37,6 +39,8 @@ pub enum Error {
     Silent { address: String, why: String },
     #[error("the sidecar declined: {0}")]
     Declined(#[from] tonic::Status),
+    #[error("the sidecar refused: {0}")]
+    Refused(String),
     #[error("the sidecar's report cannot be read: {0}")]
     Report(#[from] serde_json::Error),
 }
@@ -76,6 +80,32 @@ impl Sidecar {
         self.control.configure(request).await?;
         Ok(())
     }
+
+    /// At the source: from now on only the VMI with this UID may connect, and what remains is sent without pause. The same UID
+    /// again is the same handover.
+    pub async fn open_handover(&mut self, vmi_uid: &str) -> Result<(), Error> {
+        let mut request = tonic::Request::new(OpenHandoverRequest { vmi_uid: vmi_uid.to_owned() });
+        request.set_timeout(PATIENCE);
+        agreed(self.control.open_handover(request).await?.into_inner())
+    }
+
+    /// At the target: asks the source for the right to write.
+    pub async fn acquire(&mut self) -> Result<(), Error> {
+        let mut request = tonic::Request::new(AcquireRequest {});
+        request.set_timeout(PATIENCE);
+        agreed(self.control.acquire(request).await?.into_inner())
+    }
+
+    /// At the target: gives the handover up for good, so that the source goes on.
+    pub async fn void(&mut self) -> Result<(), Error> {
+        let mut request = tonic::Request::new(VoidRequest {});
+        request.set_timeout(PATIENCE);
+        agreed(self.control.void(request).await?.into_inner())
+    }
+}
+
+fn agreed(reply: IntentReply) -> Result<(), Error> {
+    if reply.accepted { Ok(()) } else { Err(Error::Refused(reply.text)) }
 }
 
 fn tls(data: &Data) -> Result<ClientConfig, String> {

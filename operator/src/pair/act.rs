@@ -1,6 +1,6 @@
 //! Does one step at a time; each can be repeated.
 
-use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Service};
 use kube::api::{DeleteParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
@@ -12,7 +12,7 @@ use watari_crds::replica::{SyncReplica, SyncReplicaSpec};
 use watari_crds::wiring::{VolumeMode, Wiring};
 use watari_wire::control::ConfigureRequest;
 
-use super::decide::{Furniture, Step};
+use super::decide::{Furniture, Holding, Step};
 use super::observe::Seen;
 use super::{Error, pair_id, target_namespace};
 use crate::apply::{apply, set_finalizer};
@@ -21,6 +21,8 @@ use crate::configuration::{Disk, Sidecar as Configuration};
 use crate::context::Context;
 use crate::objects::{self, Claim};
 use crate::replica::act::{delete, unfurnish};
+use crate::replica::pod::{HeldDisk, Holder};
+use crate::side::{self, act::Whose};
 use crate::sidecar::Sidecar;
 
 /// `peer` is the peer's client; without one no step concerns the peer.
@@ -42,8 +44,21 @@ pub async fn act(
         Step::ApplyReplica(spec) => apply_replica(pair, peer, spec).await?,
         Step::DeleteReplica => delete_replica(pair, peer).await?,
         Step::Configure => configure(context, &namespace, pair, seen).await?,
+        Step::MakeHolder(holding) => {
+            let object = holding.holder(pair, &context.settings.site).to_object(&context.settings);
+            apply(&Api::<Pod>::namespaced(context.client.clone(), &namespace), &object).await?;
+        }
+        Step::EndHolder => {
+            delete::<Pod>(context.client.clone(), &namespace, &names::replica_pod(&pair_id(pair))).await?;
+        }
+        Step::Cross(step) => {
+            let id = pair_id(pair);
+            let whose = Whose { namespace: &namespace, pair_id: &id, vm: &pair.spec.vm_name };
+            side::act::act(context, whose, &seen.side, step).await?;
+        }
         Step::Unfurnish => {
             let id = pair_id(pair);
+            delete::<Pod>(context.client.clone(), &namespace, &names::replica_pod(&id)).await?;
             delete::<PersistentVolumeClaim>(context.client.clone(), &namespace, &names::metadata_claim(&id)).await?;
             unfurnish(context.client.clone(), &namespace, &id).await?;
         }
@@ -75,6 +90,25 @@ async fn furnish(context: &Context, namespace: &str, pair: &SyncPair, furniture:
         apply(&claims, &claim.to_object()).await?;
     }
     Ok(())
+}
+
+impl Holding {
+    /// The Pod, with the same configuration as beside the VM.
+    pub fn holder(&self, pair: &SyncPair, site: &str) -> Holder {
+        let disk = |disk: &super::disks::Disk| HeldDisk {
+            name: disk.name.clone(),
+            claim: disk.claim.clone(),
+            mode: disk.mode,
+        };
+        Holder {
+            pair_id: pair_id(pair),
+            vm: pair.spec.vm_name.clone(),
+            owner: None,
+            toml: configuration(pair, site, &self.furniture).to_toml(),
+            node_selector: self.node_selector.clone(),
+            disks: self.furniture.disks.iter().map(disk).collect(),
+        }
+    }
 }
 
 fn configuration(pair: &SyncPair, site: &str, furniture: &Furniture) -> Configuration {
@@ -141,7 +175,7 @@ async fn delete_replica(pair: &SyncPair, peer: Option<&Client>) -> kube::Result<
 
 /// Settings that the running sidecar takes up without a restart. Repeating them changes nothing.
 async fn configure(context: &Context, namespace: &str, pair: &SyncPair, seen: &Seen) -> Result<(), Error> {
-    let Some(ip) = seen.launcher.as_ref().and_then(|pod| pod.ip.as_ref()) else { return Ok(()) };
+    let Some(ip) = seen.side.launcher.as_ref().and_then(|pod| pod.ip.as_ref()) else { return Ok(()) };
     let interval: std::time::Duration = pair.spec.interval.into();
     let settings = ConfigureRequest {
         interval_millis: u64::try_from(interval.as_millis()).ok(),

@@ -7,15 +7,20 @@ use std::collections::BTreeMap;
 
 use kube::ResourceExt as _;
 use watari_crds::conditions::{Finding, Kind, Reason};
+use watari_crds::crossing::Site;
+use watari_crds::kubevirt::VirtualMachine;
 use watari_crds::names::{annotation, finalizer, label};
 use watari_crds::pair::{Phase, SyncPair};
 use watari_crds::quantity;
 use watari_crds::replica::{AccessMode, ReplicaDisk, ReplicaMetadata, SyncReplicaSpec};
 use watari_crds::wiring::{WiredDisk, Wiring};
+use watari_wire::report::Report;
 
+use super::crossing::{self, Course, course};
 use super::disks::{Disk, Refusal, disks};
 use super::observe::{Peer, Replica, Seen, Usable};
 use super::pair_id;
+use crate::side::{self, accepts_writes};
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,6 +38,11 @@ pub enum Step {
     DeleteReplica,
     /// Everything of [`Step::Furnish`].
     Unfurnish,
+    /// Our own Pod on the home's claims, while the VM is not here.
+    MakeHolder(Box<Holding>),
+    EndHolder,
+    /// A part of a move that concerns the VM at home.
+    Cross(side::Step),
     RemoveFinalizer,
 }
 
@@ -47,12 +57,21 @@ pub struct Furniture {
     pub peer_authorities: String,
 }
 
+/// The Pod of [`Step::MakeHolder`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Holding {
+    pub furniture: Furniture,
+    pub node_selector: BTreeMap<String, String>,
+}
+
 /// What to do and what to say.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Decision {
     pub steps: Vec<Step>,
     pub findings: Vec<Finding>,
     pub phase: Phase,
+    /// `None`: as before.
+    pub course: Option<Course>,
     pub finished: bool,
 }
 
@@ -101,29 +120,55 @@ fn plan(pair: &SyncPair, site: &str, seen: &Seen) -> Result<Decision, Refusal> {
     if !pair.finalizers().iter().any(|it| it == finalizer::PAIR) {
         steps.push(Step::SetFinalizer);
     }
-    steps.push(Step::Furnish(Box::new(Furniture {
+    let furniture = Furniture {
         disks: disks.clone(),
         metadata_bytes,
         access: first.access,
         class: first.class.clone(),
         gateways,
         peer_authorities: usable.card.authorities.clone(),
-    })));
+    };
+    steps.push(Step::Furnish(Box::new(furniture.clone())));
     if template_wiring(seen) != Some(wiring.to_annotation().as_str()) {
         steps.push(Step::WireVm(wiring));
     }
-    let wanted = replica_spec(pair, site, seen, &disks, metadata_bytes)?;
+    let course = course(pair, seen);
+    let wanted = replica_spec(pair, site, seen, &disks, metadata_bytes, &course)?;
     let waits_for_size = wanted.is_none();
     match (wanted, &seen.replica) {
         (Some(wanted), Replica::Found(found)) if found.spec == wanted => {}
         (Some(wanted), Replica::Found(_) | Replica::None) => steps.push(Step::ApplyReplica(Box::new(wanted))),
         (None, _) | (_, Replica::Unknown) => {}
     }
-    if seen.report.is_some() {
+    if seen.side.role().is_some_and(accepts_writes) {
         steps.push(Step::Configure);
     }
-    let (phase, findings) = say(pair, seen, waits_for_size);
-    Ok(Decision { steps, findings, phase, finished: false })
+    steps.extend(hold(pair, site, seen, &course, furniture, vm));
+    steps.extend(course.steps.iter().cloned().map(Step::Cross));
+    let (phase, mut findings) = say(pair, seen, &course, waits_for_size);
+    findings.push(course.site_differs());
+    Ok(Decision { steps, findings, phase, course: Some(course), finished: false })
+}
+
+/// Our own Pod at home, as it should be.
+fn hold(
+    pair: &SyncPair,
+    site: &str,
+    seen: &Seen,
+    course: &Course,
+    furniture: Furniture,
+    vm: &VirtualMachine,
+) -> Option<Step> {
+    let holding = Holding { furniture, node_selector: vm.spec.template.spec.node_selector.clone() };
+    match (&seen.holder, course.wants_holder(seen)) {
+        (None, true) => Some(Step::MakeHolder(Box::new(holding))),
+        (Some(pod), true) if !pod.deleting => {
+            let other = pod.made_from != holding.holder(pair, site).made_from();
+            (other || matches!(pod.phase.as_str(), "Failed" | "Succeeded")).then_some(Step::EndHolder)
+        }
+        (Some(pod), false) if !pod.deleting => Some(Step::EndHolder),
+        (None, false) | (Some(_), _) => None,
+    }
 }
 
 /// Where the peer's gateway is: as a person says, else as the peer does.
@@ -138,7 +183,7 @@ fn gateways(usable: &Usable) -> Vec<String> {
 /// What a sidecar said of the disks' sizes: now, or before.
 fn sizes(pair: &SyncPair, seen: &Seen) -> BTreeMap<String, i64> {
     let before = pair.status.iter().flat_map(|status| &status.disks).map(|disk| (disk.name.clone(), disk.size_bytes));
-    let now = seen.report.iter().flat_map(|report| &report.disks);
+    let now = seen.side.report.iter().flat_map(|report| &report.disks);
     let now = now.filter_map(|disk| Some((disk.name.clone(), i64::try_from(disk.size_bytes).ok()?)));
     before.chain(now).filter(|(_, size)| *size > 0).collect()
 }
@@ -168,6 +213,7 @@ fn replica_spec(
     seen: &Seen,
     disks: &[Disk],
     metadata_bytes: i64,
+    course: &Course,
 ) -> Result<Option<SyncReplicaSpec>, Refusal> {
     let Peer::Usable(usable) = &seen.peer else { return Ok(None) };
     let Some(vm) = &seen.vm else { return Ok(None) };
@@ -205,13 +251,22 @@ fn replica_spec(
         home_gateways: vec![seen.own_gateway.clone()],
         home_authorities: seen.own_authorities.clone(),
         node_selector: vm.spec.template.spec.node_selector.clone(),
+        vm: crossing::definition(seen, course.active),
+        home_migration: seen.side.kubevirt.as_ref().map(|kubevirt| kubevirt.end.clone()),
+        crossing: course.crossing.clone(),
     }))
 }
 
 /// Phase and findings of a pair that has all it needs.
-fn say(pair: &SyncPair, seen: &Seen, waits_for_size: bool) -> (Phase, Vec<Finding>) {
-    let committed = seen.report.as_ref().is_some_and(|report| !report.generations.committed.is_empty());
-    let (phase, ready, reconciling, reason, text) = match (&seen.launcher, &seen.report) {
+fn say(pair: &SyncPair, seen: &Seen, course: &Course, waits_for_size: bool) -> (Phase, Vec<Finding>) {
+    let committed = seen.side.report.as_ref().is_some_and(|report| !report.generations.committed.is_empty());
+    let (phase, ready, reconciling, reason, text) = match (&seen.side.launcher, &seen.side.report) {
+        _ if course.is_under_way() => {
+            let text = course.record.as_ref().map_or("", |record| record.message.as_str());
+            let to = pair.spec.active_site;
+            (Phase::Moving, false, true, Reason::Moving, format!("The VM is on its way to {to:?}. {text}"))
+        }
+        (_, report) if course.active == Site::Peer => at_peer(report.as_ref()),
         _ if pair.spec.paused => (Phase::Paused, false, false, Reason::Paused, "A person paused it.".to_owned()),
         (None, _) => {
             let text = match waits_for_size {
@@ -224,7 +279,7 @@ fn say(pair: &SyncPair, seen: &Seen, waits_for_size: bool) -> (Phase, Vec<Findin
             (Phase::Preparing, false, true, Reason::NotWired, "The VM runs without its sidecar.".to_owned())
         }
         (Some(_), None) => {
-            let why = seen.silence.clone().unwrap_or_else(|| "its Pod has no address yet".to_owned());
+            let why = seen.side.silence.clone().unwrap_or_else(|| "its Pod has no address yet".to_owned());
             (Phase::Preparing, false, true, Reason::SidecarSilent, format!("No word from the VM's sidecar: {why}."))
         }
         (Some(_), Some(report)) if !committed => {
@@ -241,7 +296,11 @@ fn say(pair: &SyncPair, seen: &Seen, waits_for_size: bool) -> (Phase, Vec<Findin
             (Phase::Protected, true, false, Reason::AsAsked, text)
         }
     };
-    let restart = seen.launcher.as_ref().is_some_and(|pod| !pod.wired);
+    let (reconciling, reason, text) = match &course.held_up {
+        Some((why @ (Reason::Moving | Reason::MoveFailed), held_up)) => (true, *why, held_up.clone()),
+        Some(_) | None => (reconciling, reason, text),
+    };
+    let restart = seen.side.launcher.as_ref().is_some_and(|pod| !pod.wired);
     let (why, words) = match restart {
         true => (Reason::NotWired, "The VM runs without its sidecar."),
         false => (Reason::AsAsked, ""),
@@ -256,6 +315,21 @@ fn say(pair: &SyncPair, seen: &Seen, waits_for_size: bool) -> (Phase, Vec<Findin
     (phase, findings)
 }
 
+/// The VM is active at the peer, and the home is its replica.
+fn at_peer(report: Option<&Report>) -> (Phase, bool, bool, Reason, String) {
+    let Some(report) = report else {
+        let text = "The VM is active at the peer; the sidecar here, which receives its changes, does not answer yet.";
+        return (Phase::Lagging, false, true, Reason::SidecarSilent, text.to_owned());
+    };
+    let committed = report.replica.as_ref().map(|it| it.committed.as_str()).unwrap_or_default();
+    if !report.link.connected {
+        let text = format!("The VM is active at the peer; no connection to its sidecar: {}.", report.link.last_error);
+        return (Phase::Lagging, true, true, Reason::LinkDown, text);
+    }
+    let text = format!("The VM is active at the peer; generation {committed} is whole here.");
+    (Phase::Protected, true, false, Reason::AsAsked, text)
+}
+
 fn behind(connected: bool, because: &str) -> String {
     match (connected, because) {
         (false, _) => "; there is no connection to the peer's sidecar now".to_owned(),
@@ -266,7 +340,7 @@ fn behind(connected: bool, because: &str) -> String {
 
 /// Everything that the sidecar itself wants a person to know.
 fn attention(seen: &Seen) -> Finding {
-    let conditions = seen.report.iter().flat_map(|report| &report.conditions).filter(|condition| condition.status);
+    let conditions = seen.side.report.iter().flat_map(|report| &report.conditions).filter(|condition| condition.status);
     let words: Vec<String> = conditions.map(|it| format!("{}: {} {}", it.kind, it.message, it.next_step)).collect();
     match words.is_empty() {
         true => Finding::new(Kind::Attention, false, Reason::AsAsked, ""),
@@ -276,22 +350,30 @@ fn attention(seen: &Seen) -> Finding {
 
 /// A peer that cannot be used at the moment takes nothing back: what is here stays as it is.
 fn peer_away(pair: &SyncPair, seen: &Seen, why: &str) -> Decision {
-    let (phase, mut findings) = say(pair, seen, false);
+    let course = course(pair, seen);
+    let (phase, mut findings) = say(pair, seen, &course, false);
     let text = format!("The peer cannot be used now: {why}");
     for finding in findings.iter_mut().filter(|finding| finding.kind == Kind::Reconciling) {
         *finding = Finding::new(Kind::Reconciling, true, Reason::PeerNotReady, text.clone());
     }
-    if seen.report.is_none() {
+    if seen.side.report.is_none() {
         findings.retain(|finding| finding.kind != Kind::Ready);
         findings.push(Finding::new(Kind::Ready, false, Reason::PeerNotReady, text));
     }
-    Decision { findings, phase, ..Decision::default() }
+    // What KubeVirt has been told already goes on, and this side may have to ask for the right to write.
+    let steps = course.steps.iter().cloned().map(Step::Cross).collect();
+    findings.push(course.site_differs());
+    Decision { steps, findings, phase, course: Some(course), ..Decision::default() }
 }
 
 /// First the VM's next start is set free, then the replica goes; what the running VM still uses goes last.
 fn remove(pair: &SyncPair, seen: &Seen) -> Decision {
     if !pair.finalizers().iter().any(|it| it == finalizer::PAIR) {
         return Decision { finished: true, ..Decision::default() };
+    }
+    if pair.status.as_ref().is_some_and(|status| status.active_site == Site::Peer) {
+        let text = "The VM is active at the peer, and its disks here are the replica: nothing is taken apart.";
+        return stalled(refusal(Reason::ActiveElsewhere, text.to_owned()));
     }
     let mut steps = Vec::new();
     if template_wiring(seen).is_some() {
@@ -305,7 +387,7 @@ fn remove(pair: &SyncPair, seen: &Seen) -> Decision {
         (Replica::Found(_) | Replica::None, _) | (Replica::Unknown, Peer::Missing) => true,
         (Replica::Unknown, Peer::Unusable(_) | Peer::Usable(_)) => false,
     };
-    let wired = seen.launcher.as_ref().is_some_and(|pod| pod.wired);
+    let wired = seen.side.launcher.as_ref().is_some_and(|pod| pod.wired);
     if !wired {
         steps.push(Step::Unfurnish);
     }
@@ -325,7 +407,7 @@ fn remove(pair: &SyncPair, seen: &Seen) -> Decision {
         Finding::new(Kind::Stalled, false, Reason::AsAsked, ""),
         Finding::new(Kind::RestartRequired, wired, restart, if wired { text } else { "" }),
     ];
-    Decision { steps, findings, phase: Phase::Deleting, finished: false }
+    Decision { steps, findings, phase: Phase::Deleting, ..Decision::default() }
 }
 
 fn refusal(reason: Reason, message: String) -> Refusal {
@@ -344,4 +426,4 @@ fn stalled(refusal: Refusal) -> Decision {
 
 #[cfg(test)]
 #[path = "decide_tests.rs"]
-mod tests;
+pub mod tests;

@@ -5,10 +5,10 @@ use watari_crds::card::SiteCard;
 use watari_crds::conditions::Status;
 use watari_wire::report::{GenerationsReport, LinkReport, Report};
 
-use super::super::observe::Launcher;
 use super::*;
+use crate::side::observe::{Launcher, Side};
 
-const ID: &str = "6f1c1e0a-8a52-4c0e-9d55-0c9a3b7e4f10";
+pub const ID: &str = "6f1c1e0a-8a52-4c0e-9d55-0c9a3b7e4f10";
 
 fn pair() -> SyncPair {
     serde_json::from_value(json!({
@@ -19,7 +19,7 @@ fn pair() -> SyncPair {
     .expect("a SyncPair")
 }
 
-fn seen(mode: &str) -> Seen {
+pub fn seen(mode: &str) -> Seen {
     let cluster = serde_json::from_value(json!({
         "apiVersion": "watari.io/v1alpha1", "kind": "PeerCluster", "metadata": { "name": "osaka" },
         "spec": { "site": "osaka", "kubeconfigSecret": "osaka", "storageClasses": { "fast": "quick" } },
@@ -55,7 +55,8 @@ fn seen(mode: &str) -> Seen {
 }
 
 fn launcher(wired: bool) -> Option<Launcher> {
-    Some(Launcher { name: "virt-launcher".to_owned(), wired, ip: Some("192.0.2.7".to_owned()) })
+    let ip = Some("192.0.2.7".to_owned());
+    Some(Launcher { name: "virt-launcher".to_owned(), wired, scheduled: true, ip })
 }
 
 fn said(decision: &Decision, kind: Kind) -> (Status, Reason) {
@@ -74,6 +75,9 @@ fn names(decision: &Decision) -> Vec<&'static str> {
         Step::DeleteReplica => "delete replica",
         Step::Unfurnish => "unfurnish",
         Step::RemoveFinalizer => "remove finalizer",
+        Step::MakeHolder(_) => "make holder",
+        Step::EndHolder => "end holder",
+        Step::Cross(_) => "cross",
     };
     decision.steps.iter().map(name).collect()
 }
@@ -95,9 +99,9 @@ fn a_new_pair_is_furnished_before_its_vm_is_wired_and_the_replica_is_asked_for()
 fn an_image_in_a_file_system_waits_for_the_sidecar_to_say_how_large_it_is() {
     let mut seen = seen("Filesystem");
     assert_eq!(names(&decide(&pair(), "tokyo", &seen)), ["furnish", "wire"]);
-    seen.launcher = launcher(true);
+    seen.side.launcher = launcher(true);
     let disk = watari_wire::report::DiskReport { name: "root".to_owned(), size_bytes: 60 << 20, ..Default::default() };
-    seen.report = Some(Report { disks: vec![disk], ..Report::default() });
+    seen.side.report = Some(Report { disks: vec![disk], ..Report::default() });
     let decision = decide(&pair(), "tokyo", &seen);
     let spec = decision.steps.iter().find_map(|step| match step {
         Step::ApplyReplica(spec) => Some(spec),
@@ -127,6 +131,9 @@ fn what_is_right_already_is_not_written_again() {
             | Step::UnwireVm
             | Step::DeleteReplica
             | Step::Unfurnish
+            | Step::MakeHolder(_)
+            | Step::EndHolder
+            | Step::Cross(_)
             | Step::RemoveFinalizer => {}
         }
     }
@@ -147,7 +154,8 @@ fn each_state_of_the_running_vm_has_its_phase_and_reason() {
         (launcher(true), report("1.1", false), Phase::Lagging, Status::True, Reason::LinkDown),
         (launcher(true), report("1.1", true), Phase::Protected, Status::True, Reason::AsAsked),
     ] {
-        let seen = Seen { launcher: launcher.clone(), report, ..seen("Block") };
+        let side = Side { launcher: launcher.clone(), report, ..Side::default() };
+        let seen = Seen { side, ..seen("Block") };
         let decision = decide(&pair(), "tokyo", &seen);
         assert_eq!((decision.phase, said(&decision, Kind::Ready)), (phase, (ready, reason)));
         let restart = launcher.is_some_and(|pod| !pod.wired);
@@ -177,11 +185,12 @@ fn a_deleted_pair_keeps_what_a_running_vm_still_uses_and_takes_the_rest_away() {
     let mut pair = pair();
     pair.metadata.deletion_timestamp =
         Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::UNIX_EPOCH));
-    let mut seen = Seen { launcher: launcher(true), ..seen("Block") };
+    let side = Side { launcher: launcher(true), ..Side::default() };
+    let mut seen = Seen { side, ..seen("Block") };
     let running = decide(&pair, "tokyo", &seen);
     assert_eq!((names(&running), running.finished, running.phase), (vec![], false, Phase::Deleting));
     assert_eq!(said(&running, Kind::RestartRequired).0, Status::True);
-    seen.launcher = None;
+    seen.side.launcher = None;
     let stopped = decide(&pair, "tokyo", &seen);
     assert_eq!((names(&stopped), stopped.finished), (vec!["unfurnish", "remove finalizer"], true));
     seen.peer = Peer::Unusable("timed out".to_owned());

@@ -2,22 +2,22 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
-use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
 use watari_crds::card::SiteCard;
 use watari_crds::kubevirt::VirtualMachine;
-use watari_crds::names::{label, path};
+use watari_crds::names;
 use watari_crds::pair::SyncPair;
 use watari_crds::peer::PeerCluster;
 use watari_crds::replica::SyncReplica;
-use watari_wire::report::Report;
 
 use super::{pair_id, target_namespace};
 use crate::context::Context;
 use crate::peer::client::{self, peer_client};
 use crate::peer::observe::{self as peer_observe, Seen as PeerSeen};
-use crate::sidecar::Sidecar;
+use crate::replica::observe::{PodSeen, pod_seen};
+use crate::side::{self, observe::Side};
 use crate::{authority, pair::Error};
 
 /// All that a decision needs.
@@ -28,10 +28,11 @@ pub struct Seen {
     /// By name, those of the VM's volumes.
     pub claims: BTreeMap<String, PersistentVolumeClaim>,
     pub replica: Replica,
-    pub launcher: Option<Launcher>,
-    pub report: Option<Report>,
-    /// Why there is no report although the VM's sidecar runs.
-    pub silence: Option<String>,
+    /// The VM here, and the sidecar that has the folder.
+    pub side: Side,
+    /// Our own Pod that holds the folder while the VM is not here.
+    pub holder: Option<PodSeen>,
+    pub now: Timestamp,
     /// Certificates of our own authorities, for the peer.
     pub own_authorities: String,
     /// `host:port` of our own gateway; empty: there is none.
@@ -65,29 +66,22 @@ pub enum Replica {
     Found(Box<SyncReplica>),
 }
 
-/// The VM's running virt-launcher Pod.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Launcher {
-    pub name: String,
-    /// Our container is in it.
-    pub wired: bool,
-    pub ip: Option<String>,
-}
-
 /// Errors are those of our own API server; whatever is wrong at the peer is in [`Seen`]. The client is the peer's, where it can be used.
 pub async fn observe(context: &Context, pair: &SyncPair) -> Result<(Seen, Option<Client>), Error> {
     let namespace = pair.namespace().expect("a SyncPair is namespaced");
     let client = || context.client.clone();
     let peers: Api<PeerCluster> = Api::all(client());
-    let vms: Api<VirtualMachine> = Api::namespaced(client(), &namespace);
+    let side = side::observe::observe(context, &namespace, &pair_id(pair), &pair.spec.vm_name).await?;
     let mut seen = Seen {
         own_gateway: context.settings.gateway.clone(),
-        vm: none_if_missing(vms.get(&pair.spec.vm_name).await)?,
+        vm: side.vm.clone().and_then(|vm| serde_json::from_value(vm).ok()),
+        side,
+        now: Timestamp::now(),
         own_authorities: authority::authorities(context)
             .await?
             .bundle()
             .map_err(authority::Error::from)?
-            .joined_with(&Default::default(), jiff::Timestamp::now()),
+            .joined_with(&Default::default(), Timestamp::now()),
         ..Seen::default()
     };
     let mut peer_client = None;
@@ -112,15 +106,8 @@ pub async fn observe(context: &Context, pair: &SyncPair) -> Result<(Seen, Option
             seen.claims.insert(name, claim);
         }
     }
-    seen.launcher = launcher(client(), &namespace, &pair.spec.vm_name).await?;
-    let ip = seen.launcher.as_ref().filter(|pod| pod.wired).and_then(|pod| pod.ip.clone());
-    if let Some(ip) = ip {
-        let ask = async { Sidecar::connect(context, &namespace, &pair_id(pair), &ip).await?.report().await };
-        match ask.await {
-            Ok(report) => seen.report = Some(report),
-            Err(error) => seen.silence = Some(error.to_string()),
-        }
-    }
+    let pods: Api<Pod> = Api::namespaced(client(), &namespace);
+    seen.holder = pods.get_opt(&names::replica_pod(&pair_id(pair))).await?.map(|pod| pod_seen(&pod));
     Ok((seen, peer_client))
 }
 
@@ -139,32 +126,4 @@ async fn peer(context: &Context, cluster: PeerCluster) -> kube::Result<(Peer, Op
         }
         PeerSeen::Card { card, .. } => (Peer::Usable(Box::new(Usable { cluster, card: *card })), Some(client)),
     })
-}
-
-/// Also where the kind itself is not installed.
-fn none_if_missing<T>(result: kube::Result<T>) -> kube::Result<Option<T>> {
-    match result {
-        Ok(found) => Ok(Some(found)),
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// KubeVirt's label of a launcher Pod, and its annotation with the VMI's name (`template.go`).
-async fn launcher(client: Client, namespace: &str, vm: &str) -> kube::Result<Option<Launcher>> {
-    let pods: Api<Pod> = Api::namespaced(client, namespace);
-    let list = pods.list(&ListParams::default().labels("kubevirt.io=virt-launcher")).await?;
-    let of_vm = |pod: &Pod| pod.annotations().get("kubevirt.io/domain").is_some_and(|name| name == vm);
-    let phase = |pod: &Pod| pod.status.as_ref().and_then(|status| status.phase.clone()).unwrap_or_default();
-    let running = list.into_iter().find(|pod| of_vm(pod) && matches!(phase(pod).as_str(), "Pending" | "Running"));
-    Ok(running.map(|pod| {
-        let spec = pod.spec.clone().unwrap_or_default();
-        let containers = spec.init_containers.iter().flatten().chain(&spec.containers);
-        Launcher {
-            name: pod.name_any(),
-            wired: pod.labels().contains_key(label::PAIR)
-                && containers.into_iter().any(|it| it.name == path::CONTAINER),
-            ip: pod.status.and_then(|status| status.pod_ip),
-        }
-    }))
 }

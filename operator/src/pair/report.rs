@@ -4,13 +4,14 @@ use jiff::Timestamp;
 use kube::{Api, ResourceExt};
 use watari_crds::conditions::{Finding, Kind, Reason, merged};
 use watari_crds::pair::{Committed, DiskStatus, LinkStatus, PredictedCutover, Summary, SyncPair, SyncPairStatus};
-use watari_crds::quantity;
 use watari_wire::report::Report;
 
+use super::crossing::Course;
 use super::decide::Decision;
 use super::observe::Seen;
 use crate::apply::apply_status;
 use crate::context::Context;
+use crate::side::{accepts_writes, remains};
 
 /// Writes the status, if it changed.
 pub async fn report(
@@ -27,22 +28,22 @@ pub async fn report(
         findings.push(Finding::new(Kind::Reconciling, true, Reason::Retrying, format!("Trying again: {why}.")));
     }
     let generation = pair.metadata.generation.unwrap_or_default();
-    let memory = seen.vm.as_ref().and_then(|vm| {
-        let domain = &vm.spec.template.spec.domain;
-        let text = domain.memory.guest.as_ref().or_else(|| domain.resources.requests.get("memory"))?;
-        quantity::parse(text).ok()
-    });
-    let figures = match &seen.report {
-        Some(report) => figures(report, memory.unwrap_or_default()),
+    let figures = match &seen.side.report {
+        Some(report) if accepts_writes(&report.role) => figures(report, seen.side.memory()),
         // The last figures stay true of what the peer has; what concerns the moment goes.
-        None => {
+        Some(_) | None => {
             SyncPairStatus { committed: before.committed.clone(), disks: before.disks.clone(), ..Default::default() }
         }
     };
+    let course = decision.course.clone().unwrap_or_else(|| Course::standing(&before));
     let status = SyncPairStatus {
         observed_generation: generation,
         phase: decision.phase,
-        conditions: merged(&before.conditions, &findings, generation, Timestamp::now()),
+        conditions: merged(&before.conditions, &findings, generation, seen.now),
+        active_site: course.active,
+        moves: course.moves,
+        crossing: course.record,
+        history: course.history,
         ..figures
     };
     if status != before {
@@ -61,7 +62,7 @@ fn figures(report: &Report, memory: u64) -> SyncPairStatus {
     let cut_time = cut_time.filter(|_| !generations.committed.is_empty());
     let rate = report.link.rate_bytes_per_second;
     let bytes = generations.lag_bytes.saturating_add(memory);
-    let seconds = (rate >= 1.0).then(|| (bytes as f64 / rate).ceil() as i64);
+    let (lag_bytes, seconds) = remains(report, memory);
     let disk = |disk: &watari_wire::report::DiskReport| DiskStatus {
         name: disk.name.clone(),
         size_bytes: whole(disk.size_bytes),
@@ -71,7 +72,7 @@ fn figures(report: &Report, memory: u64) -> SyncPairStatus {
     SyncPairStatus {
         committed: cut_time.map(|cut_time| Committed { generation: generations.committed.clone(), cut_time }),
         disks: report.disks.iter().map(disk).collect(),
-        lag_bytes: Some(whole(generations.lag_bytes)),
+        lag_bytes: Some(lag_bytes),
         behind_because: Some(generations.behind_because.clone()).filter(|text| !text.is_empty()),
         link: Some(LinkStatus {
             connected: report.link.connected,

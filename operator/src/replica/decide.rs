@@ -11,7 +11,8 @@ use watari_crds::names::finalizer;
 use watari_crds::replica::SyncReplica;
 
 use super::observe::{Seen, claim_names};
-use super::pod::made_from;
+use super::pod::Holder;
+use crate::side::accepts_writes;
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,15 +81,19 @@ fn keep(replica: &SyncReplica, seen: &Seen, mut known: BTreeMap<String, String>)
             (None, None) => steps.push(Step::MakeClaim(name)),
         }
     }
+    let vm_has_the_claims = seen.side.launcher.as_ref().is_some_and(|pod| pod.scheduled);
     let mut decision = match &seen.pod {
+        None if vm_has_the_claims => beside_the_vm(seen),
         None => {
             steps.push(Step::MakePod);
             preparing("The replica's Pod is being made.".to_owned())
         }
         Some(pod) if pod.deleting => preparing("The replica's Pod is ending.".to_owned()),
-        Some(pod)
-            if matches!(pod.phase.as_str(), "Failed" | "Succeeded") || pod.made_from != made_from(&replica.spec) =>
-        {
+        Some(_) if vm_has_the_claims => {
+            steps.push(Step::DeletePod);
+            preparing("The replica's Pod gives way to the VM's.".to_owned())
+        }
+        Some(pod) if matches!(pod.phase.as_str(), "Failed" | "Succeeded") || pod.made_from != made_from(replica) => {
             steps.push(Step::DeletePod);
             preparing("The replica's Pod is being replaced.".to_owned())
         }
@@ -103,8 +108,32 @@ fn keep(replica: &SyncReplica, seen: &Seen, mut known: BTreeMap<String, String>)
     decision
 }
 
+fn made_from(replica: &SyncReplica) -> String {
+    Holder::of(&replica.spec, &replica.name_any()).made_from()
+}
+
+/// The VM's own Pod is here: its sidecar has the folder, whether the VM is active here or on its way.
+fn beside_the_vm(seen: &Seen) -> Decision {
+    match seen.side.role() {
+        Some(role) if accepts_writes(role) => {
+            let text = "The VM is active here.".to_owned();
+            said([(Kind::Ready, true), (Kind::Reconciling, false), (Kind::Stalled, false)], Reason::AsAsked, text)
+        }
+        Some(_) => preparing("The VM's Pod is here and holds the replica.".to_owned()),
+        None => {
+            let why = seen.side.silence.as_deref().unwrap_or("it has no address yet");
+            waiting(Reason::SidecarSilent, format!("No word from the sidecar in the VM's Pod: {why}."))
+        }
+    }
+}
+
 fn listening(seen: &Seen) -> Decision {
-    let committed = seen.report.as_ref().and_then(|report| report.replica.as_ref()).map(|it| it.committed.as_str());
+    if seen.side.role().is_some_and(accepts_writes) {
+        let text = "The VM is active here, and does not run.".to_owned();
+        return said([(Kind::Ready, true), (Kind::Reconciling, false), (Kind::Stalled, false)], Reason::AsAsked, text);
+    }
+    let committed =
+        seen.side.report.as_ref().and_then(|report| report.replica.as_ref()).map(|it| it.committed.as_str());
     let text = match committed.filter(|text| !text.is_empty()) {
         Some(generation) => format!("Generation {generation} is whole here."),
         None => "It listens; no generation is whole yet.".to_owned(),
@@ -120,7 +149,7 @@ fn lost(name: &str, known: BTreeMap<String, String>) -> Decision {
 /// In this order: ask that it is a replica, end the Pod, delete the claims, delete the rest.
 fn remove(replica: &SyncReplica, seen: &Seen, known: BTreeMap<String, String>) -> Decision {
     let role_known = replica.status.as_ref().and_then(|status| status.role.as_deref());
-    let role = seen.report.as_ref().map(|report| report.role.as_str()).or(role_known);
+    let role = seen.side.report.as_ref().map(|report| report.role.as_str()).or(role_known);
     let ours: Vec<&String> = seen.claims.iter().filter(|(_, claim)| claim.ours).map(|(name, _)| name).collect();
     match (role, &seen.pod) {
         // A folder that nobody ever served holds nothing of the VM.

@@ -6,6 +6,7 @@ use watari_wire::report::Report;
 
 use super::super::observe::{ClaimSeen, PodSeen};
 use super::*;
+use crate::side::observe::Side;
 
 const PAIR: &str = "6f1c1e0a-8a52-4c0e-9d55-0c9a3b7e4f10";
 
@@ -37,12 +38,16 @@ fn made() -> BTreeMap<String, String> {
 }
 
 fn running(replica: &SyncReplica) -> PodSeen {
-    let made_from = made_from(&replica.spec);
+    let made_from = made_from(replica);
     PodSeen { phase: "Running".to_owned(), ready: true, made_from, ..PodSeen::default() }
 }
 
 fn of_role(role: &str) -> Option<Report> {
     Some(Report { role: role.to_owned(), ..Report::default() })
+}
+
+fn with(report: Option<Report>) -> Side {
+    Side { report, ..Side::default() }
 }
 
 fn ready(decision: &Decision) -> (Status, Reason) {
@@ -134,10 +139,10 @@ fn a_replica_for_another_site_does_nothing() {
 #[test]
 fn a_deleted_replica_ends_its_pod_then_its_claims_then_itself() {
     let replica = deleted(replica(), Some("Replica"));
-    let mut seen = Seen { claims: claims(), pod: Some(running(&replica)), report: of_role("Replica"), silence: None };
+    let mut seen = Seen { claims: claims(), pod: Some(running(&replica)), side: with(of_role("Replica")) };
     assert_eq!(decide(&replica, "osaka", &seen).steps, [Step::DeletePod]);
     seen.pod = None;
-    seen.report = None;
+    seen.side.report = None;
     let steps = decide(&replica, "osaka", &seen).steps;
     assert!(matches!(steps.as_slice(), [Step::DeleteClaim(_), Step::DeleteClaim(_)]), "{steps:?}");
     seen.claims.clear();
@@ -149,7 +154,7 @@ fn a_deleted_replica_ends_its_pod_then_its_claims_then_itself() {
 fn nothing_is_deleted_of_a_side_that_is_not_a_replica_or_does_not_say_so() {
     for (role, report) in [(Some("Serving"), None), (Some("Replica"), of_role("Serving")), (None, None)] {
         let replica = deleted(replica(), role);
-        let seen = Seen { claims: claims(), pod: Some(running(&replica)), report, silence: None };
+        let seen = Seen { claims: claims(), pod: Some(running(&replica)), side: with(report) };
         let decision = decide(&replica, "osaka", &seen);
         assert_eq!((decision.steps, decision.finished), (Vec::new(), false), "{role:?}");
     }

@@ -6,11 +6,10 @@ use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::{Api, ResourceExt};
 use watari_crds::names::{self, label};
 use watari_crds::replica::SyncReplica;
-use watari_wire::report::Report;
 
 use super::pod;
 use crate::context::Context;
-use crate::sidecar::Sidecar;
+use crate::side::{self, observe::Side};
 
 /// All that a decision needs.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -18,10 +17,8 @@ pub struct Seen {
     /// By name: all claims that the replica has or should have.
     pub claims: BTreeMap<String, ClaimSeen>,
     pub pod: Option<PodSeen>,
-    /// Of the replica Pod's sidecar.
-    pub report: Option<Report>,
-    /// Why there is no report although the Pod runs.
-    pub silence: Option<String>,
+    /// The VM here, and the sidecar that has the folder.
+    pub side: Side,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +35,6 @@ pub struct PodSeen {
     pub ready: bool,
     pub deleting: bool,
     pub node: Option<String>,
-    pub ip: Option<String>,
     /// What it was made from ([`pod::MADE_FROM`]).
     pub made_from: String,
     /// Why it does not start, in Kubernetes' words.
@@ -62,14 +58,7 @@ pub async fn observe(context: &Context, replica: &SyncReplica) -> kube::Result<S
         }
     }
     seen.pod = pods.get_opt(&names::replica_pod(&replica.spec.pair_id)).await?.map(|pod| pod_seen(&pod));
-    let ip = seen.pod.as_ref().filter(|pod| pod.phase == "Running").and_then(|pod| pod.ip.clone());
-    if let Some(ip) = ip {
-        let ask = async { Sidecar::connect(context, &namespace, &replica.spec.pair_id, &ip).await?.report().await };
-        match ask.await {
-            Ok(report) => seen.report = Some(report),
-            Err(error) => seen.silence = Some(error.to_string()),
-        }
-    }
+    seen.side = side::observe::observe(context, &namespace, &replica.spec.pair_id, &replica.spec.vm_name).await?;
     Ok(seen)
 }
 
@@ -81,7 +70,8 @@ fn claim_seen(claim: &PersistentVolumeClaim, pair_id: &str) -> ClaimSeen {
     }
 }
 
-fn pod_seen(found: &Pod) -> PodSeen {
+/// Also of the Pod of this kind at the home.
+pub fn pod_seen(found: &Pod) -> PodSeen {
     let status = found.status.clone().unwrap_or_default();
     let ready =
         |condition: &k8s_openapi::api::core::v1::PodCondition| condition.type_ == "Ready" && condition.status == "True";
@@ -93,7 +83,6 @@ fn pod_seen(found: &Pod) -> PodSeen {
         phase: status.phase.unwrap_or_default(),
         deleting: found.metadata.deletion_timestamp.is_some(),
         node: found.spec.as_ref().and_then(|spec| spec.node_name.clone()),
-        ip: status.pod_ip,
         made_from: found.annotations().get(pod::MADE_FROM).cloned().unwrap_or_default(),
     }
 }

@@ -1,10 +1,12 @@
-//! The replica's Pod: our sidecar as `replica`, with the pair's claims. Pure.
+//! The Pod that holds a pair's folder while no VM of its site does: our sidecar as `replica`, with the pair's claims. Pure.
 //!
-//! It fits Pod Security "restricted" and runs as KubeVirt's uid 107, so that files have one owner on both sides of a move.
+//! At the peer it is the replica's; at the home it is there while the VM is not. It fits Pod Security "restricted" and runs as KubeVirt's uid 107, so that files have one owner on both sides of a move.
+
+use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 use watari_crds::names::{self, path, port, role};
-use watari_crds::replica::{SyncReplica, SyncReplicaSpec};
+use watari_crds::replica::SyncReplicaSpec;
 use watari_crds::wiring::VolumeMode;
 
 use crate::configuration::{Disk, Sidecar};
@@ -42,41 +44,80 @@ pub fn configuration(spec: &SyncReplicaSpec) -> Sidecar {
     }
 }
 
-/// Digest of what a replica's Pod is made from, without what may differ between two operators (image).
-pub fn made_from(spec: &SyncReplicaSpec) -> String {
-    let selector = serde_json::to_string(&spec.node_selector).expect("a map of strings has a JSON form");
-    let text = format!("{}\n{selector}", configuration(spec).to_toml());
-    // Half of it is more than enough to tell two configurations apart.
-    blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
+/// What such a Pod is made from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Holder {
+    pub pair_id: String,
+    pub vm: String,
+    /// The SyncReplica, which is looked at when the Pod changes; the home has none.
+    pub owner: Option<String>,
+    /// `sidecar.toml`, as it lies in the ConfigMap.
+    pub toml: String,
+    /// Where the VM may run, and so this.
+    pub node_selector: BTreeMap<String, String>,
+    pub disks: Vec<HeldDisk>,
 }
 
-/// The Pod as it is applied.
-pub fn object(replica: &SyncReplica, owner: &str, settings: &Settings) -> Value {
-    let spec = &replica.spec;
-    let id = &spec.pair_id;
-    json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": {
-            "name": names::replica_pod(id),
-            "labels": objects::labels(id, &spec.vm_name, role::REPLICA),
-            "annotations": { MADE_FROM: made_from(spec), OWNER: owner },
-        },
-        "spec": {
-            "restartPolicy": "Always",
-            "automountServiceAccountToken": false,
-            "enableServiceLinks": false,
-            "nodeSelector": spec.node_selector,
-            "securityContext": {
-                "runAsUser": QEMU, "runAsGroup": QEMU, "fsGroup": QEMU, "runAsNonRoot": true,
-                "seccompProfile": { "type": "RuntimeDefault" },
+/// One disk of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldDisk {
+    pub name: String,
+    pub claim: String,
+    pub mode: VolumeMode,
+}
+
+impl Holder {
+    /// Of a replica at the peer.
+    pub fn of(spec: &SyncReplicaSpec, owner: &str) -> Holder {
+        let disk = |disk: &watari_crds::replica::ReplicaDisk| HeldDisk {
+            name: disk.name.clone(),
+            claim: disk.claim.clone(),
+            mode: disk.mode,
+        };
+        Holder {
+            pair_id: spec.pair_id.clone(),
+            vm: spec.vm_name.clone(),
+            owner: Some(owner.to_owned()),
+            toml: configuration(spec).to_toml(),
+            node_selector: spec.node_selector.clone(),
+            disks: spec.disks.iter().map(disk).collect(),
+        }
+    }
+
+    /// Digest of what it is made from, without what may differ between two operators (image).
+    pub fn made_from(&self) -> String {
+        let selector = serde_json::to_string(&self.node_selector).expect("a map of strings has a JSON form");
+        let text = format!("{}\n{selector}", self.toml);
+        // Half of it is more than enough to tell two configurations apart.
+        blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
+    }
+
+    /// The Pod as it is applied.
+    pub fn to_object(&self, settings: &Settings) -> Value {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": names::replica_pod(&self.pair_id),
+                "labels": objects::labels(&self.pair_id, &self.vm, role::REPLICA),
+                "annotations": { MADE_FROM: self.made_from(), OWNER: self.owner },
             },
-            "containers": [container(spec, settings)],
-            "volumes": volumes(spec),
-        },
-    })
+            "spec": {
+                "restartPolicy": "Always",
+                "automountServiceAccountToken": false,
+                "enableServiceLinks": false,
+                "nodeSelector": self.node_selector,
+                "securityContext": {
+                    "runAsUser": QEMU, "runAsGroup": QEMU, "fsGroup": QEMU, "runAsNonRoot": true,
+                    "seccompProfile": { "type": "RuntimeDefault" },
+                },
+                "containers": [container(&self.disks, settings)],
+                "volumes": volumes(self),
+            },
+        })
+    }
 }
 
-fn container(spec: &SyncReplicaSpec, settings: &Settings) -> Value {
+fn container(disks: &[HeldDisk], settings: &Settings) -> Value {
     let file = format!("{}/{}", path::CONFIGURATION_DIR, path::CONFIGURATION_FILE);
     json!({
         "name": path::CONTAINER,
@@ -92,12 +133,12 @@ fn container(spec: &SyncReplicaSpec, settings: &Settings) -> Value {
         "securityContext": {
             "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "capabilities": { "drop": ["ALL"] },
         },
-        "volumeMounts": mounts(spec),
-        "volumeDevices": devices(spec),
+        "volumeMounts": mounts(disks),
+        "volumeDevices": devices(disks),
     })
 }
 
-fn mounts(spec: &SyncReplicaSpec) -> Vec<Value> {
+fn mounts(disks: &[HeldDisk]) -> Vec<Value> {
     let mount = |name: &str, at: &str| json!({ "name": name, "mountPath": at });
     let read_only = |name: &str, at: &str| json!({ "name": name, "mountPath": at, "readOnly": true });
     let mut list = vec![
@@ -108,19 +149,19 @@ fn mounts(spec: &SyncReplicaSpec) -> Vec<Value> {
         mount("watari-nbd", path::NBD_DIR),
         mount("watari-hooks", path::HOOKS_DIR),
     ];
-    let files = spec.disks.iter().filter(|disk| disk.mode == VolumeMode::Filesystem);
+    let files = disks.iter().filter(|disk| disk.mode == VolumeMode::Filesystem);
     list.extend(files.map(|disk| mount(&disk.name, &format!("{}/{}", path::DISKS_DIR, disk.name))));
     list
 }
 
-fn devices(spec: &SyncReplicaSpec) -> Vec<Value> {
-    let blocks = spec.disks.iter().filter(|disk| disk.mode == VolumeMode::Block);
+fn devices(disks: &[HeldDisk]) -> Vec<Value> {
+    let blocks = disks.iter().filter(|disk| disk.mode == VolumeMode::Block);
     let device = |name: &str| json!({ "name": name, "devicePath": format!("{}/{name}", path::DEVICES_DIR) });
     blocks.map(|disk| device(&disk.name)).collect()
 }
 
-fn volumes(spec: &SyncReplicaSpec) -> Vec<Value> {
-    let id = &spec.pair_id;
+fn volumes(holder: &Holder) -> Vec<Value> {
+    let id = &holder.pair_id;
     let claim = |name: &str, claim: &str| json!({ "name": name, "persistentVolumeClaim": { "claimName": claim } });
     let mut list = vec![
         json!({ "name": "watari-config", "configMap": { "name": names::configuration(id) } }),
@@ -131,6 +172,6 @@ fn volumes(spec: &SyncReplicaSpec) -> Vec<Value> {
         // No KubeVirt looks there; the configuration is the same as beside a VM.
         json!({ "name": "watari-hooks", "emptyDir": {} }),
     ];
-    list.extend(spec.disks.iter().map(|disk| claim(&disk.name, &disk.claim)));
+    list.extend(holder.disks.iter().map(|disk| claim(&disk.name, &disk.claim)));
     list
 }
