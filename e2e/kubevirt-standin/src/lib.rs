@@ -9,6 +9,7 @@ pub mod act;
 pub mod ca;
 pub mod controller;
 pub mod crds;
+pub mod guest;
 pub mod hooks;
 pub mod image;
 pub mod install;

@@ -22,7 +22,7 @@ use watari_crds::names::{self, label};
 use watari_crds::peer::PeerCluster;
 use watari_operator::webhooks::objects::{Endpoint, configurations};
 
-use crate::definitions;
+use crate::{definitions, gateways};
 
 /// Until something has happened on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -89,9 +89,11 @@ impl Scene {
         let mut scene = Scene { pair, system, namespace, operators: Vec::new(), folder, _alone: alone };
         let (a, b) = (scene.pair.a.client.clone(), scene.pair.b.client.clone());
         for (client, cluster, site) in [(a, ours.a(), "tokyo"), (b, ours.b(), "osaka")] {
+            let handle = if site == "tokyo" { &scene.pair.a } else { &scene.pair.b };
+            let gateway = gateways::start(handle, &scene.system).await?;
             let port = free_port(cluster)?;
             scene.ask(&client, port).await?;
-            scene.start(&ours, cluster, site, port)?;
+            scene.start(&ours, cluster, site, port, &gateway)?;
         }
         scene.introduce(&ours).await?;
         Ok(Some(scene))
@@ -114,14 +116,21 @@ impl Scene {
         Ok(())
     }
 
-    fn start(&mut self, ours: &Ours, cluster: &ClusterPlan, site: &str, port: u16) -> anyhow::Result<()> {
+    fn start(
+        &mut self,
+        ours: &Ours,
+        cluster: &ClusterPlan,
+        site: &str,
+        port: u16,
+        gateway: &str,
+    ) -> anyhow::Result<()> {
         let kubeconfig = self.folder.path().join(site);
         std::fs::write(&kubeconfig, admin(ours, cluster)?)?;
         let log = std::fs::File::create(self.log(site))?;
         let operator = Command::new("ip")
             .args(["netns", "exec", &cluster.control_plane().netns(), env!("CARGO_BIN_EXE_watari-operator")])
             .args(["--site", site, "--namespace", &self.system, "--image", SIDECAR_IMAGE])
-            .args(["--gateway", &format!("gateway.{site}.example:7443")])
+            .args(["--gateway", gateway])
             .args(["--webhook-listen", &format!("127.0.0.1:{port}")])
             .args(["--webhook-url", &format!("https://localhost:{port}")])
             .env("KUBECONFIG", kubeconfig)

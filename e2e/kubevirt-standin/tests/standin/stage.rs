@@ -6,27 +6,24 @@
 mod scene;
 
 use std::future::Future;
-use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+pub use kubevirt_standin::guest::Guest;
 use kubevirt_standin::install;
 use kubevirt_standin::objects::Kind;
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 use watari_clusters::handle::{ClaimKind, Cluster, Ours};
 use watari_clusters::keeper;
-use watari_e2e::guest::Control;
 
 pub use scene::{Scene, until};
 
 /// From an object to a running guest, and for any other step; seconds on an idle machine.
 pub const PATIENCE: Duration = Duration::from_secs(180);
-/// Of a question to the guest.
-pub const GUEST_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A namespace on both clusters, with the stand-in at work.
 #[derive(Clone)]
@@ -60,13 +57,6 @@ pub async fn play<F: Future<Output = anyhow::Result<()>>>(
         outcome
     })
     .await
-}
-
-/// The guest's control line. It takes one client at a time: drop it before the stand-in's agent is needed.
-pub struct Guest {
-    pub control: Control,
-    /// The Pod's private folder. A socket's path has little room; a descriptor's is short.
-    folder: std::fs::File,
 }
 
 impl Stage {
@@ -195,16 +185,7 @@ impl Stage {
     /// The control line in the newest Pod of that cluster, which has one VM.
     pub async fn guest(&self, cluster: &Cluster) -> anyhow::Result<Guest> {
         let pod = self.launchers(cluster).await?.pop().context("a VM that runs has a Pod")?;
-        let node =
-            pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).context("a Pod that runs has a node")?;
-        let uid = pod.metadata.uid.as_deref().context("a Pod has a uid")?;
-        let node = self.ours.folders.node(&self.ours.plan.node(node)?);
-        let private = node.join(format!("kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/private"));
-        let folder = std::fs::File::open(private)?;
-        let control = Control::new(format!("/proc/self/fd/{}/control.sock", folder.as_raw_fd()));
-        let mut guest = Guest { control, folder };
-        tokio::task::block_in_place(|| guest.control.hello(GUEST_PATIENCE))?;
-        Ok(guest)
+        Guest::of(&self.ours, &pod)
     }
 
     /// Bytes that have crossed the line from the first cluster to the second.
@@ -250,33 +231,4 @@ pub async fn put_into_inbox(cluster: &Cluster, bundle: &str) -> anyhow::Result<(
     let patch = Patch::Merge(json!({ "data": { "ca-bundle": bundle } }));
     config_maps(cluster).patch("kubevirt-external-ca", &PatchParams::default(), &patch).await?;
     Ok(())
-}
-
-impl Guest {
-    /// Waits until its writers have written so much.
-    pub fn has_written(&mut self, bytes: u64) -> anyhow::Result<()> {
-        tokio::task::block_in_place(|| {
-            let begin = Instant::now();
-            loop {
-                let written: u64 = self.control.stats()?.streams.iter().map(|stream| stream.bytes).sum();
-                if written >= bytes {
-                    return Ok(());
-                }
-                ensure!(begin.elapsed() < PATIENCE, "the guest has written {written} bytes of {bytes}");
-                std::thread::sleep(Duration::from_millis(200));
-            }
-        })
-    }
-
-    /// What the launcher last gave to libvirt.
-    pub fn domain(&self) -> std::io::Result<String> {
-        std::fs::read_to_string(format!("/proc/self/fd/{}/domain.xml", self.folder.as_raw_fd()))
-    }
-
-    /// Everything the guest wrote is there, as the guest remembers it.
-    pub fn is_clean(&mut self) -> anyhow::Result<()> {
-        let verdict = tokio::task::block_in_place(|| self.control.verify(PATIENCE))?;
-        ensure!(verdict.clean(), "{verdict:?}");
-        Ok(())
-    }
 }
