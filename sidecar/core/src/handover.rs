@@ -445,7 +445,10 @@ impl Site {
                 vec![Action::ApplyUpTo(generation)]
             }
             Message::Activated { handover, epoch, generation } => self.activated_by(handover, epoch, generation),
-            Message::Void { handover, epoch } => self.voided_by(handover, epoch + 1, activation),
+            Message::Void { handover, epoch } => {
+                let mine = self.record.epoch.counter;
+                self.voided_by(handover, epoch + 1, epoch <= mine + 1 && mine < epoch + 1, activation)
+            }
             Message::Voided { handover, epoch } => match self.record.role {
                 Role::Voided { handover: h } if h == handover && epoch.counter >= self.record.floor => {
                     self.forget_handover();
@@ -503,10 +506,21 @@ impl Site {
         }
     }
 
-    /// The target voided `handover`; its floor is `floor` (= our epoch + 2, or what it was when it first voided).
-    fn voided_by(&mut self, handover: Id, floor: u64, activation: ActivationId) -> Vec<Action> {
+    /// The target voided `handover`; its floor is `floor` (= our epoch + 2, or what it was when it first voided). `above`:
+    /// that floor is above our epoch, and its own epoch is not. Then the name does not matter (it may be a take-over that
+    /// we never heard of): whatever we have open can never be activated there, and it takes nothing from us until we rise.
+    fn voided_by(&mut self, handover: Id, floor: u64, above: bool, activation: ActivationId) -> Vec<Action> {
+        let rises = match self.record.role {
+            Role::HandoverOpen { handover: h } | Role::Sealed { handover: h, .. } => h == handover || above,
+            Role::Serving => above,
+            Role::Released { .. }
+            | Role::Replica
+            | Role::Voided { .. }
+            | Role::Promoting { .. }
+            | Role::Fenced { .. } => false,
+        };
         match self.record.role {
-            Role::HandoverOpen { handover: h } | Role::Sealed { handover: h, .. } if h == handover => {
+            _ if rises => {
                 self.remainder = None;
                 let epoch = Epoch { counter: floor.max(self.record.epoch.counter + 2), activation };
                 vec![

@@ -303,8 +303,9 @@ impl Primary {
         let mut delay = None;
         for s in self.books.range(first.0..=last.0).map(|(s, _)| *s).collect::<Vec<_>>() {
             bytes += self.mark_durable(s);
-            if let Some(at) = self.sent_at.remove(&s) {
-                delay = Some(delay.map_or(now.saturating_sub(at), |d: u64| d.min(now.saturating_sub(at))));
+            // A clock that was set back meanwhile says nothing.
+            if let Some(took) = self.sent_at.remove(&s).and_then(|at| now.checked_sub(at)) {
+                delay = Some(delay.map_or(took, |d: u64| d.min(took)));
             }
         }
         self.counters.durable_bytes += bytes;
@@ -463,6 +464,9 @@ impl Primary {
     }
 
     fn poll_idle<M: Maps>(&mut self, now: u64, tracker: &Tracker<M>, room: bool) -> Step {
+        // The clock was set back: nothing may wait for the time that it showed.
+        self.next_cut_millis = self.next_cut_millis.min(now + self.limits.interval_millis);
+        self.next_pass_millis = self.next_pass_millis.min(now + limits::CONVERGING_PAUSE_MILLIS);
         let dirty_bytes = tracker.current_blocks() * crate::geometry::BLOCK_BYTES;
         let clean = dirty_bytes == 0 && self.books.is_empty() && self.reads.is_empty();
         if self.sealing && clean {

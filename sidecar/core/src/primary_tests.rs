@@ -589,3 +589,38 @@ fn a_full_target_is_asked_again_on_a_new_link() {
     b.meet(Some(&[]), Generation::default());
     assert!(matches!(b.poll(), Step::Cut { .. }));
 }
+
+#[test]
+fn a_clock_that_is_set_back_holds_up_no_generation() {
+    // Lost without it: after a step back by an hour no generation was cut for an hour.
+    let mut b = Bench::new(64, 1 << 20);
+    b.now = 10_000_000;
+    b.write(0, 0);
+    b.commit();
+    b.now -= 3_600_000;
+    b.write(1, 1);
+    let Step::Wait { until_millis } = b.poll() else { panic!("a cut before its time") };
+    assert!(until_millis <= b.now + 1000, "waits until {until_millis} at {}", b.now);
+    b.now += 1000;
+    assert!(matches!(b.poll(), Step::Cut { .. }));
+}
+
+#[test]
+fn an_acknowledgement_from_before_its_frame_says_nothing_about_the_path() {
+    // Lost without it: a clock that was set back made the path one of no length, which never grew again.
+    let mut b = Bench::new(64, 1 << 20);
+    b.now = 10_000_000;
+    let mut window = b.primary.window.clone();
+    for i in 1..200 {
+        window.delivered(i * 100, 4 << 20, Some(200), true);
+    }
+    b.primary.window = window;
+    let before = b.primary.window.bytes();
+    b.write(0, 0);
+    b.cut();
+    let Step::ReadFrozen { read, .. } = b.poll() else { panic!("nothing to read") };
+    b.built(&read, true);
+    b.now -= 3_600_000;
+    b.primary.durable(b.now, read.sequence, read.sequence);
+    assert!(b.primary.window.bytes() > before / 2, "{} bytes after {before}", b.primary.window.bytes());
+}

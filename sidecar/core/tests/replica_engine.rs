@@ -11,7 +11,10 @@ use watari_core::{
         Claim, CommitAnswer, CommitList, Event, JournalLimits, Mark, Options, Policy, Progress, ReplicaError, Thin,
         inspect::{Place, ReplicaState},
     },
-    storage::{Storage, sim::SimMedium},
+    storage::{
+        Storage,
+        sim::{SimMedium, SimRng, Survival},
+    },
 };
 
 #[test]
@@ -508,4 +511,22 @@ fn a_torn_record_stays_gone_when_later_records_say_that_all_before_them_are_dura
     let torn = stage(&mut store, 1, 0, 2, 1);
     assert_eq!(commit(&mut store, 1, vec![torn]), CommitAnswer::Committed);
     assert_eq!((block(&mut store, 1, 1), store.verify().unwrap().len()), (1, 0));
+}
+
+#[test]
+fn content_that_was_there_before_is_durable_before_a_generation_rests_on_it() {
+    // Lost without it: images that somebody had brought, or a killed worker had written, were in the page cache only; a
+    // frame said "you have this", the generation was acknowledged, and a loss of power took it (watari-sim seed 22396).
+    let medium = SimMedium::new();
+    let mut store = create(&medium, options(1), false);
+    let content = vec![5; 4 * BLOCK_BYTES as usize];
+    Storage::write(&mut medium.folder("images"), "disk-0", 0, &content).unwrap();
+    let extents = vec![Extent::new(0, 4)];
+    let digest = content_digest(DISK, &extents, &content);
+    let same = FrameHeader::same(id(1), DISK, extents, digest).unwrap();
+    try_stage(&mut store, same.clone(), &[]).unwrap();
+    assert_eq!(commit(&mut store, 1, vec![entry(&same, &[])]), CommitAnswer::Committed);
+    drop(store);
+    medium.lose_power(Survival::Nothing, &mut SimRng(1));
+    assert_eq!(block(&mut open(&medium, options(1)), 0, 2), 5);
 }

@@ -7,9 +7,12 @@ impl Site {
     pub(super) fn met(&mut self, peer: Peer, activation: ActivationId) -> Vec<Action> {
         self.linked = true;
         let (mine, theirs) = (self.record.epoch, peer.epoch);
+        let above = (theirs == mine || theirs.counter < mine.counter) && peer.floor > mine.counter;
         match self.record.role.clone() {
             Role::HandoverOpen { handover } => match peer.role {
-                PeerRole::Voided { handover: h } if h == handover => self.voided_by(h, peer.floor, activation),
+                PeerRole::Voided { handover: h } if h == handover || above => {
+                    self.voided_by(h, peer.floor, above, activation)
+                }
                 _ if theirs.counter > mine.counter || peer.floor > mine.counter + 1 => {
                     self.fenced_by(theirs, peer.floor)
                 }
@@ -17,7 +20,9 @@ impl Site {
                 _ => self.offer(handover),
             },
             Role::Sealed { handover, nonce, session } => match peer.role {
-                PeerRole::Voided { handover: h } if h == handover => self.voided_by(h, peer.floor, activation),
+                PeerRole::Voided { handover: h } if h == handover || above => {
+                    self.voided_by(h, peer.floor, above, activation)
+                }
                 // It activated on our grant and the word of it was lost: nothing else raises our epoch by exactly one (a
                 // promotion takes two). Which of our grants does not matter: all that is sealed is in each of them.
                 PeerRole::Active { .. } if theirs.counter == mine.counter + 1 => {
@@ -43,7 +48,7 @@ impl Site {
                 let mut actions = self.peer_stopped(&peer);
                 // It voided a handover that we had already left: it needs to hear where we are.
                 actions.extend(match peer.role {
-                    PeerRole::Voided { handover } => self.voided_by(handover, peer.floor, activation),
+                    PeerRole::Voided { handover } => self.voided_by(handover, peer.floor, above, activation),
                     PeerRole::Sealed { handover } | PeerRole::Active { handover: Some(handover) } => {
                         let generation = self.record.base;
                         vec![Action::Send(Message::Activated { handover, epoch: mine, generation })]
@@ -63,8 +68,11 @@ impl Site {
                 let mut actions = Vec::new();
                 if active && theirs.counter > mine.counter && theirs.counter >= self.record.floor {
                     // An epoch above ours was raised properly (it passed our floor): our Void was heard, or we were away.
+                    // A QEMU that came with a handover of the old one belongs to a VM that goes on elsewhere.
+                    let stale = self.record.role == Role::Replica && self.offered.is_some();
                     self.forget_handover();
                     actions.push(self.become_role(Role::Replica, theirs));
+                    actions.extend(stale.then_some(Action::Gate(Gate::Dead)));
                     actions.push(Action::Gate(Gate::Remote));
                 } else if let Role::Voided { handover } = self.record.role {
                     actions.push(Action::Send(Message::Void { handover, epoch: mine.counter + 1 }));

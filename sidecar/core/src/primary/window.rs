@@ -38,10 +38,11 @@ impl Window {
             // The smallest delay seen lately is the path's. It may grow by a hundredth per second only: a queue of our own
             // making must not grow the window that makes it.
             let seconds = now.saturating_sub(self.marks.last().map_or(now, |(t, _)| *t)).min(10_000) as f64 / 1000.0;
-            self.ack_delay_millis = (self.ack_delay_millis * (1.0 + 0.01 * seconds)).min(delay as f64);
+            self.ack_delay_millis = (self.ack_delay_millis.max(1.0) * (1.0 + 0.01 * seconds)).min(delay as f64);
         }
         self.marks.push((now, self.delivered));
-        self.marks.retain(|(t, _)| t + limits::RATE_WINDOW_MILLIS >= now);
+        // Marks of the future are from before the clock was set back.
+        self.marks.retain(|(t, _)| *t <= now && t + limits::RATE_WINDOW_MILLIS >= now);
         let (t0, d0) = self.marks[0];
         if now > t0 + limits::RATE_SAMPLE_MILLIS_MIN {
             let rate = (self.delivered - d0) as f64 * 1000.0 / (now - t0) as f64;

@@ -136,7 +136,11 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         Manifest::decode(&encoded).map_err(|error| ReplicaError::corrupt(MANIFEST_NAME, &format!("{error}")))?;
         let slot = SlotFile::create(&mut meta, MANIFEST_NAME, MANIFEST_MAGIC, MANIFEST_VERSION, &encoded)?;
         let journal = Journal::new(identity, options.journal);
-        Ok(Self::assemble(meta, images, decompress, options, slot, manifest, journal))
+        let mut store = Self::assemble(meta, images, decompress, options, slot, manifest, journal);
+        // What lies in the images may be in the page cache only: written by a killed process, or by somebody who brought a
+        // copy. It is synced before a record or a commit vouches for it.
+        store.dirty_disks = (0..disk_bytes.len() as u16).collect();
+        Ok(store)
     }
 
     pub(crate) fn assemble(

@@ -14,6 +14,7 @@ use alloc::{
     format,
     rc::Rc,
     string::{String, ToString},
+    vec,
     vec::Vec,
 };
 use core::cell::RefCell;
@@ -92,8 +93,10 @@ impl Inode {
     }
 
     fn sync(&mut self) {
-        self.synced.clone_from(&self.current);
-        self.changes.clear();
+        // Replayed, not copied: most syncs follow a few small changes of a large file.
+        for change in self.changes.drain(..) {
+            change.apply(&mut self.synced);
+        }
     }
 
     fn lose_power(&mut self, survival: Survival, rng: &mut SimRng) {
@@ -106,8 +109,9 @@ impl Inode {
             }
             Survival::Sectors => content = self.mixed(rng),
         }
+        self.synced.clone_from(&content);
         self.current = content;
-        self.sync();
+        self.changes.clear();
     }
 
     /// Each sector takes one of the versions it had; the length is one of those the file had.
@@ -165,7 +169,13 @@ struct SimFolder {
     changes: Vec<NameChange>,
     /// Bytes that all files together may have.
     capacity: Option<u64>,
+    /// Syncs of its files are answered and do nothing.
+    lying: bool,
 }
+
+/// What a folder held at some instant: a backup that somebody may put back.
+#[derive(Clone, Debug, Default)]
+pub struct FolderCopy(BTreeMap<String, Vec<u8>>);
 
 impl SimFolder {
     fn change(&mut self, name: &str, inode: Option<usize>) {
@@ -266,6 +276,32 @@ impl SimMedium {
     /// From now on syncs are answered and do nothing: a disk that lies. What stands on syncs must then fail its tests.
     pub fn lie(&self) {
         self.0.borrow_mut().lying = true;
+    }
+
+    /// The same for the files of one folder only: one disk of several lies.
+    pub fn lie_in(&self, folder: &str) {
+        self.0.borrow_mut().folders.entry(folder.into()).or_default().lying = true;
+    }
+
+    /// A copy of a folder as it is now.
+    pub fn copy_folder(&self, folder: &str) -> FolderCopy {
+        let world = self.0.borrow();
+        let files = world.folders.get(folder).into_iter().flat_map(|folder| &folder.current);
+        FolderCopy(files.map(|(name, inode)| (name.clone(), world.inodes[*inode].current.clone())).collect())
+    }
+
+    /// The folder holds exactly what the copy holds, durably.
+    pub fn restore_folder(&self, folder: &str, copy: &FolderCopy) {
+        let world = &mut *self.0.borrow_mut();
+        let mut names = BTreeMap::new();
+        for (name, content) in &copy.0 {
+            names.insert(name.clone(), world.inodes.len());
+            world.inodes.push(Inode { synced: content.clone(), current: content.clone(), changes: Vec::new() });
+        }
+        let folder = world.folders.entry(folder.into()).or_default();
+        folder.current = names;
+        folder.synced.clone_from(&folder.current);
+        folder.changes.clear();
     }
 
     /// True from the failing operation until [`SimMedium::lose_power`].
@@ -394,7 +430,7 @@ impl Storage for SimStorage {
     }
 
     fn zero(&mut self, name: &str, offset: u64, length: u64) -> Result<(), StorageError> {
-        let change = Change::Write { offset: offset as usize, data: Vec::from_iter((0..length).map(|_| 0)) };
+        let change = Change::Write { offset: offset as usize, data: vec![0; length as usize] };
         self.change("zero", name, offset + length, change)
     }
 
@@ -403,7 +439,8 @@ impl Storage for SimStorage {
         let on = world.operate("sync", &self.folder, name)?;
         let inode = world.folders.get(&self.folder).and_then(|folder| folder.current.get(name)).copied();
         let inode = inode.ok_or_else(|| StorageError::Missing(name.into()))?;
-        if on && !world.lying {
+        let lies = world.lying || world.folders.get(&self.folder).is_some_and(|folder| folder.lying);
+        if on && !lies {
             world.inodes[inode].sync();
         }
         World::answer(on, name)
