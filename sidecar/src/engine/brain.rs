@@ -442,9 +442,15 @@ impl Brain {
         let Some(source) = &mut self.source else { return };
         match result {
             Ok(()) => {
+                // Durable before anything of it is forgotten: a source that starts anew must know a target's folder that is
+                // older than this (watari-sim seed 14016).
+                if let Phase::Forgetting { generation, .. } = *source.primary.phase() {
+                    let action = self.parts.site.amend(|r| r.base = generation);
+                    self.perform(vec![action]);
+                }
+                let Some(source) = &mut self.source else { return };
                 source.disks_synced();
                 let base = source.primary.base();
-                // What the record remembers of the base is a floor, not a promise: it is written along with other changes.
                 if let Some(link) = &mut self.link
                     && !link.same_history
                 {
@@ -454,11 +460,6 @@ impl Brain {
                         identity: convert::bytes(&self.parts.site.record().identity),
                     };
                     let _ = link.control.send(message(Body::Baseline(baseline)));
-                }
-                let first = self.parts.site.record().base == Generation::default();
-                if first {
-                    let action = self.parts.site.amend(|r| r.base = base);
-                    self.perform(vec![action]);
                 }
             }
             Err(error) => {
