@@ -34,12 +34,10 @@ pub fn name(word: Word) -> String {
 
 /// Words to bytes.
 pub fn bytes_of(words: &[Word]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(words.len() * SECTOR_BYTES as usize);
-    for word in words {
+    let mut out = vec![0; words.len() * SECTOR_BYTES as usize];
+    for (sector, word) in out.chunks_exact_mut(SECTOR_BYTES as usize).zip(words) {
         let bytes = word.to_le_bytes();
-        for _ in 0..SECTOR_BYTES / 8 {
-            out.extend_from_slice(&bytes);
-        }
+        sector.as_chunks_mut::<8>().0.fill(bytes);
     }
     out
 }
@@ -48,10 +46,9 @@ pub fn bytes_of(words: &[Word]) -> Vec<u8> {
 pub fn words_of(bytes: &[u8]) -> Vec<Word> {
     let sectors = bytes.chunks_exact(SECTOR_BYTES as usize);
     let one = |sector: &[u8]| {
-        let mut words = sector.chunks_exact(8);
-        let first = words.next().unwrap_or_default();
-        assert!(words.all(|w| w == first), "the bytes of a sector come from two writes");
-        u64::from_le_bytes(first.try_into().unwrap_or_default())
+        // Equal to itself shifted by a word: every word is the first.
+        assert!(sector[8..] == sector[..sector.len() - 8], "the bytes of a sector come from two writes");
+        u64::from_le_bytes(sector[..8].try_into().unwrap_or_default())
     };
     sectors.map(one).collect()
 }

@@ -55,6 +55,9 @@ impl World {
         self.ctx.cov.hit(format!("power lost as {role}"));
         self.note(|| format!("site {s} loses power"));
         self.qemus[s] = None;
+        if s == 1 && self.ctx.setup.trouble.liar.is_some() {
+            self.ctx.truth.distrusted[s] = true;
+        }
         self.nodes[s].lose_power(&mut self.ctx);
         self.fault("power lost");
     }

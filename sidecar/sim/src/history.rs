@@ -145,26 +145,33 @@ impl World {
     fn peace(&mut self) {
         self.note(|| "peace".into());
         self.faults = false;
+        self.ctx.peace = true;
         self.ctx.net.partitioned = false;
         for s in 0..2 {
             self.nodes[s].medium.power_off_at(None);
             self.nodes[s].medium.set_capacity(crate::target::FOLDER, None);
-            // A journal that is too small is a person's choice; here it is made.
-            if self.ctx.setup.journal_bytes < 64 << 20 {
-                self.nodes[s].kill(&mut self.ctx);
-                if let Some(q) = &mut self.qemus[s] {
-                    q.connected = false;
-                }
+            // A journal that is too small is a person's choice; here it is made. A worker that passes through is started
+            // anew, and so is one of another version.
+            let p = self.nodes[s].process.as_ref();
+            let upgraded = p.is_some_and(|p| p.pass_through || p.speaks != (1, 1));
+            if self.ctx.setup.journal_bytes < 64 << 20 || upgraded {
+                self.process_gone(s);
             }
         }
         self.ctx.setup.journal_bytes = 64 << 20;
+        for source in self.nodes.iter_mut().filter_map(|n| n.process.as_mut()?.source.as_mut()) {
+            // What was proved before says nothing about what was done to the disks since.
+            source.verification.clean_passes = 0;
+        }
         let mut goal = None;
         for round in 0..PEACE_ROUNDS {
             self.step += 1;
             self.ctx.rng = watari_core::storage::sim::SimRng(self.ctx.setup.seed ^ self.step << 32);
             self.duties();
             // Again now and then: a write that was held until after the demanded cut is in none (seed 1002208).
-            if round == 20 || round > 20 && round % if goal.is_none() { 50 } else { 400 } == 0 {
+            // What verification found goes with the next cut.
+            let often = goal.is_none() || self.ctx.truth.distrusted.contains(&true);
+            if round == 20 || round > 20 && round % if often { 50 } else { 400 } == 0 {
                 goal = self.demand();
             }
             if let Some((s, _, committed)) = goal
@@ -208,6 +215,7 @@ impl World {
         }
         for s in 0..2 {
             self.restart(s);
+            self.log_works_at(s);
             self.connect(s);
             self.dial(s);
             self.accepts(s);
@@ -220,6 +228,7 @@ impl World {
                 let Some(p) = &mut self.nodes[s].process else { break };
                 p.source_step(&mut self.ctx);
                 p.source_sync(&mut self.ctx);
+                p.verify_step(&mut self.ctx);
                 p.job_step(&mut self.ctx, 0);
                 p.hear_want_write(&mut self.ctx);
                 (0..4).for_each(|kind| {
@@ -293,6 +302,7 @@ impl World {
         matches!(b.role(), Role::Replica)
             && self.moving.is_none()
             && a.gate == Gate::Serve
+            && (!self.ctx.truth.distrusted[t] || source.verification.clean_passes > 1)
             && source.primary.phase() == &Phase::Idle
             && !source.busy()
             && source.primary.counters.committed > committed

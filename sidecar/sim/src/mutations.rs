@@ -26,6 +26,8 @@ const fn m(name: &'static str, file: &'static str, from: &'static str, to: &'sta
 const TRACKER: &str = "core/src/tracker.rs";
 const PRIMARY: &str = "core/src/primary.rs";
 const HANDOVER: &str = "core/src/handover.rs";
+const BOOKS_MEETING: &str = "core/src/primary/meeting.rs";
+const SITES_MEETING: &str = "core/src/handover/meeting.rs";
 
 /// All of them.
 pub const MUTATIONS: &[Mutation] = &[
@@ -101,8 +103,8 @@ pub const MUTATIONS: &[Mutation] = &[
         "                        exclude(&mut excluded, index);",
         "                        let _ = (&mut excluded, index, exclude);",
     ),
-    m("a frame that counts is named as superseded", PRIMARY, "if !counts && book.durable", "if book.durable"),
-    m("lost frames are not marked again", PRIMARY, "                tracker.mark(book.disk, *e);\n", ""),
+    m("a frame that counts is named as superseded", BOOKS_MEETING, "if !counts && book.durable", "if book.durable"),
+    m("lost frames are not marked again", BOOKS_MEETING, "                tracker.mark(book.disk, *e);\n", ""),
     m(
         "a number is used twice",
         PRIMARY,
@@ -111,13 +113,13 @@ pub const MUTATIONS: &[Mutation] = &[
     ),
     m(
         "frames keep the epoch of a voided handover",
-        PRIMARY,
+        BOOKS_MEETING,
         "        if epoch == self.epoch {",
         "        if epoch != 0 {",
     ),
     m(
         "lists do not follow the peer's newest commit",
-        PRIMARY,
+        BOOKS_MEETING,
         "            Phase::Idle => {}\n            Phase::Open { .. } | Phase::Committing { .. } => self.abandon(tracker),",
         "            Phase::Idle => return,\n            Phase::Open { .. } | Phase::Committing { .. } => return,",
     ),
@@ -127,7 +129,7 @@ pub const MUTATIONS: &[Mutation] = &[
         "Phase::Idle if dirty_blocks == 0 && self.books.is_empty()",
         "Phase::Idle if dirty_blocks == 0",
     ),
-    m("a full target is full for ever", PRIMARY, "        self.blocked = false;\n", ""),
+    m("a full target is full for ever", BOOKS_MEETING, "        self.blocked = false;\n", ""),
     m("a refused Same frame is repeated", PRIMARY, "!b.durable && !b.same", "!b.durable"),
     m(
         "any nonce is granted",
@@ -155,7 +157,7 @@ pub const MUTATIONS: &[Mutation] = &[
     ),
     m(
         "a serving side ignores a higher epoch",
-        HANDOVER,
+        SITES_MEETING,
         "if theirs.counter > mine.counter || peer.floor > mine.counter + 1 && !voided(&peer) {",
         "if theirs.counter > 1_000_000 {",
     ),
@@ -181,8 +183,8 @@ pub const MUTATIONS: &[Mutation] = &[
     m(
         "the gate of a sealed side stays open",
         HANDOVER,
-        "                    Action::Gate(Gate::Hold),\n                    Action::SealAndSend,",
-        "                    Action::Gate(Gate::Serve),\n                    Action::SealAndSend,",
+        "            Action::Gate(Gate::Hold),\n            Action::SealAndSend,",
+        "            Action::Gate(Gate::Serve),\n            Action::SealAndSend,",
     ),
     m(
         "the target serves what it did not apply",
@@ -247,7 +249,7 @@ pub const MUTATIONS: &[Mutation] = &[
     m(
         "shell: regions are not logged before the write",
         "sim/src/guest.rs",
-        "        let logged = || regions_of(disk, first, last).all(|r| self.logged.contains(&r));",
+        "        let logged = || untracked || regions_of(disk, first, last).all(|r| self.logged.contains(&r));",
         "        let logged = || true;",
     ),
     m(
@@ -277,8 +279,8 @@ pub const MUTATIONS: &[Mutation] = &[
     m(
         "shell: a fence does not stop admission",
         "sim/src/process.rs",
-        "                        self.tracker.seal();\n                    }\n                    self.gate = gate;",
-        "                    }\n                    self.gate = gate;",
+        "                        self.tracker.seal();\n                        self.condemned",
+        "                        self.condemned",
     ),
     m(
         "shell: the target's floor is not raised with its epoch",

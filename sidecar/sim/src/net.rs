@@ -34,6 +34,8 @@ pub struct Hello {
     pub committed: Generation,
     pub staged: Vec<(Sequence, Sequence)>,
     pub virgin: bool,
+    /// The lowest and the highest protocol version that the worker speaks.
+    pub speaks: (u32, u32),
 }
 
 /// What a target answers to a commit list.
@@ -49,16 +51,47 @@ pub enum Verdict {
 pub enum Body {
     Hello(Box<Hello>),
     Handover(Message),
-    List { generation: Generation, parent: Generation, entries: Vec<Entry>, root: [u8; 32] },
-    Verdict { generation: Generation, verdict: Verdict },
-    Durable { session: u64, sequences: Vec<Sequence> },
-    DigestAsk { id: u64, disk: DiskIndex, extent: Extent },
-    Digests { id: u64, digests: Vec<[u8; 16]> },
-    Baseline { generation: Generation, identity: Id },
-    Read { id: u64, disk: usize, sector: u64, sectors: u64 },
-    ReadReply { id: u64, data: Option<Vec<u8>> },
+    List {
+        generation: Generation,
+        parent: Generation,
+        entries: Vec<Entry>,
+        root: [u8; 32],
+    },
+    Verdict {
+        generation: Generation,
+        verdict: Verdict,
+    },
+    Durable {
+        session: u64,
+        sequences: Vec<Sequence>,
+    },
+    DigestAsk {
+        id: u64,
+        disk: DiskIndex,
+        extent: Extent,
+    },
+    Digests {
+        id: u64,
+        digests: Vec<[u8; 16]>,
+    },
+    Baseline {
+        generation: Generation,
+        identity: Id,
+    },
+    Read {
+        id: u64,
+        disk: usize,
+        sector: u64,
+        sectors: u64,
+    },
+    ReadReply {
+        id: u64,
+        data: Option<Vec<u8>>,
+    },
     Full(bool),
     Superseded(u64, Vec<Sequence>),
+    /// A message that only a newer version knows.
+    Newer,
 }
 
 impl Body {
@@ -89,6 +122,7 @@ impl Body {
             Body::ReadReply { .. } => "ReadReply",
             Body::Full(_) => "Full",
             Body::Superseded(..) => "Superseded",
+            Body::Newer => "a message of a newer version",
         }
     }
 }

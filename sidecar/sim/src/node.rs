@@ -3,7 +3,12 @@
 //!
 //! The region log here is a set that is durable at once; its own format and faults are tested in `watari-store`.
 
-use std::{cell::RefCell, collections::BTreeSet, rc::Rc, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeSet,
+    rc::Rc,
+    sync::Arc,
+};
 
 use watari_core::{
     geometry::{ActivationId, Block, DiskIndex, Epoch, Generation, GenerationNumber, Session},
@@ -13,7 +18,7 @@ use watari_core::{
     slots::SlotFile,
     storage::{
         Storage,
-        sim::{SimMedium, SimRng, SimStorage, Survival},
+        sim::{FolderCopy, SimMedium, SimRng, SimStorage, Survival},
     },
     tracker::{HeapMaps, MapName, Maps, Tracker},
 };
@@ -61,6 +66,11 @@ pub fn regions_of(disk: DiskIndex, first: Block, last: Block) -> impl Iterator<I
     (first.0 / REGION_BLOCKS..=last.0 / REGION_BLOCKS).map(move |r| (disk.0, r))
 }
 
+fn all_regions(blocks: &[u64]) -> BTreeSet<Region> {
+    let of = |(d, n): (usize, &u64)| (0..n.div_ceil(REGION_BLOCKS)).map(move |r| (d as u16, r)).collect::<Vec<_>>();
+    blocks.iter().enumerate().flat_map(of).collect()
+}
+
 /// See the module's header.
 pub struct Node {
     pub index: usize,
@@ -72,6 +82,24 @@ pub struct Node {
     /// Raised when a process dies, so that its connections are told from later ones.
     pub life: u64,
     pub process: Option<Process>,
+    /// The durable record, as it was found when the last process ended.
+    left: Option<RoleRecord>,
+    /// In mapped memory, and known to the peer: marks may be missing.
+    pub untracked: Rc<Cell<bool>>,
+    /// The region log cannot be written.
+    pub log_broken: bool,
+    /// Somebody else wrote to the disks since the last process ended: their times or digests say so.
+    pub tampered: bool,
+    /// Its folder was lost: it begins as an empty replica.
+    pub lost: bool,
+    /// A backup of its folders, and the generations in it.
+    pub backup: Option<Backup>,
+}
+
+/// A target's metadata folder as it was.
+pub struct Backup {
+    pub folders: [FolderCopy; 2],
+    pub epoch: Epoch,
 }
 
 impl Node {
@@ -90,7 +118,21 @@ impl Node {
                 images.sync(&name).expect("the power is on");
             }
         }
-        Node { index, medium, images, maps: None, region_log: Rc::default(), life: 0, process: None }
+        Node {
+            index,
+            medium,
+            images,
+            maps: None,
+            region_log: Rc::default(),
+            life: 0,
+            process: None,
+            left: None,
+            untracked: Rc::default(),
+            log_broken: false,
+            tampered: false,
+            lost: false,
+            backup: None,
+        }
     }
 
     /// The durable role record, if there is one.
@@ -103,23 +145,21 @@ impl Node {
     }
 
     /// What the durable record says, whether or not a process runs.
-    pub fn record(&self) -> Option<RoleRecord> {
-        match &self.process {
-            Some(p) => Some(p.site.record().clone()),
-            None => self.read_record().map(|(_, r)| r),
-        }
+    pub fn record(&self) -> Option<&RoleRecord> {
+        self.process.as_ref().map(|p| p.site.record()).or(self.left.as_ref())
     }
 
     fn first_record(&self, ctx: &mut Ctx) -> RoleRecord {
-        let (role, epoch, identity) = if self.index == 0 {
+        let (role, epoch, identity) = if self.index == 0 && !self.lost {
             (Role::Serving, Epoch { counter: 1, activation: ActivationId(ctx.id()) }, ctx.id())
         } else {
             (Role::Replica, Epoch::default(), [0; 16])
         };
+        let site = ctx.id();
         let disks = ctx.setup.sizes.iter().enumerate();
         RoleRecord {
             pair: [7; 16],
-            site: [self.index as u8 + 1; 16],
+            site,
             identity,
             starts: 1,
             epoch,
@@ -161,12 +201,17 @@ impl Node {
         self.maps = Some(maps.clone());
         let tracker = Tracker::new(SharedMaps(maps));
         let mut baseline = Baseline::Marks;
+        let tampered = std::mem::take(&mut self.tampered);
         let log: BTreeSet<Region> = if !source {
             BTreeSet::new()
         } else if record.starts == 1 {
-            let all =
-                |(d, n): (usize, &u64)| (0..n.div_ceil(REGION_BLOCKS)).map(move |r| (d as u16, r)).collect::<Vec<_>>();
-            blocks.iter().enumerate().flat_map(all).collect()
+            all_regions(&blocks)
+        } else if tampered {
+            baseline = Baseline::Everything("somebody else wrote to the disks");
+            all_regions(&blocks)
+        } else if self.untracked.get() {
+            baseline = Baseline::Everything("writes were let through that no log holds");
+            all_regions(&blocks)
         } else if survived.is_some() {
             ctx.cov.hit("start: marks survived in mapped memory");
             let marks = |d: DiskIndex| tracker.all_marks(d).into_iter().map(move |e| (d, e));
@@ -184,12 +229,28 @@ impl Node {
         }
         let session = Session(ctx.rng.next_u64() | 1);
         ctx.cov.hit(format!("start as {}", record.role.name()));
-        let process = Process::new(self, Site::new(record, session.0), session, slot, tracker, log);
+        let often = ctx.setup.trouble.untracked && !ctx.peace && source && record.starts > 2;
+        let pass_through = often && record.role.accepts_writes() && ctx.rng.one_in(6);
+        let mut process = Process::new(self, Site::new(record, session.0), session, slot, tracker, log);
+        process.pass_through = pass_through;
+        process.speaks = ctx.versions();
+        if pass_through {
+            ctx.cov.hit("start as a pass-through");
+        }
+        if source {
+            // Entered before the first write that no log holds; a complete new log ends it.
+            self.untracked.set(pass_through || self.log_broken);
+        }
         self.process = Some(process);
         self.learn_truth(ctx);
         if let Some(p) = &mut self.process {
             p.take_up(ctx, baseline);
         }
+    }
+
+    /// Marks in mapped memory go with the Pod that had it.
+    pub fn lose_maps(&mut self) {
+        self.maps = None;
     }
 
     /// The worker is killed: its heap is gone, the machine goes on.
@@ -198,6 +259,8 @@ impl Node {
             self.life += 1;
             ctx.net.died(self.index);
         }
+        // With the power off the medium cannot be read; what a loss of power leaves is looked at after it.
+        self.left = if self.medium.is_off() { None } else { self.read_record().map(|(_, r)| r) };
     }
 
     /// The power of the machine fails.
@@ -208,6 +271,7 @@ impl Node {
         let survival = survival[ctx.rng.below(4) as usize];
         let mut rng = SimRng(ctx.rng.next_u64());
         self.medium.lose_power(survival, &mut rng);
+        self.left = self.read_record().map(|(_, r)| r);
         if let Some(live) = &mut ctx.truth.live[self.index] {
             live.power_lost(read_all(&self.images, &ctx.setup.sizes).expect("the power is on again"));
         }
@@ -227,8 +291,9 @@ impl Node {
             return;
         }
         let Ok(found) = read_all(&self.images, &ctx.setup.sizes) else { return };
+        ctx.truth.moves += 1;
         if record.starts > 1 || record.epoch.counter > 1 {
-            ctx.truth.check_generation(record.base, &found, "the disks of a new active side");
+            ctx.truth.check_generation(me, record.base, &found, "the disks of a new active side");
             if !ctx.truth.unfenced.contains(&record.epoch.counter)
                 && let Some(theirs) = &ctx.truth.live[other]
             {

@@ -5,6 +5,7 @@ use watari_core::{geometry::ActivationId, handover::Event, record::Role};
 
 use crate::{
     guest::Ask,
+    intents::Wish,
     world::{Qemu, World},
 };
 
@@ -31,6 +32,8 @@ pub struct Move {
     pub from: usize,
     pub phase: Phase,
     pub handover: [u8; 16],
+    /// The guest wrote nothing since it was opened.
+    pub idle: bool,
 }
 
 impl World {
@@ -50,7 +53,7 @@ impl World {
         }
     }
 
-    fn event(&mut self, s: usize, event: Event) -> bool {
+    pub fn event(&mut self, s: usize, event: Event) -> bool {
         let Some(p) = &mut self.nodes[s].process else { return false };
         p.apply(&mut self.ctx, event);
         true
@@ -72,13 +75,17 @@ impl World {
 
     fn opens(&mut self, s: usize) -> bool {
         let running = self.qemus[s].as_ref().is_some_and(|q| q.running && q.connected && !q.condemned);
-        let ready = matches!(self.role(s), Some(Role::Serving)) && matches!(self.role(1 - s), Some(Role::Replica));
+        let tracked = self.nodes[s].process.as_ref().is_some_and(|p| !p.counts_as_untracked());
+        let ready =
+            tracked && matches!(self.role(s), Some(Role::Serving)) && matches!(self.role(1 - s), Some(Role::Replica));
         if self.moving.is_some() || !running || !ready || self.qemus[1 - s].is_some() {
             return false;
         }
-        let handover = self.ctx.id();
+        let Some(handover) = self.handover_of(s) else { return false };
         self.note(|| format!("a handover of site {s} is opened"));
-        self.moving = Some(Move { from: s, phase: Phase::Opened, handover });
+        self.remember(s, Wish::Open(handover));
+        self.moving =
+            Some(Move { from: s, phase: Phase::Opened, handover, idle: self.step >= self.ctx.setup.trouble.idle_from });
         self.ctx.cov.hit("move: opened");
         self.event(s, Event::OpenHandover { handover })
     }
@@ -156,6 +163,9 @@ impl World {
                         self.qemu_gone(from, true);
                     }
                     self.ctx.cov.hit("move: done");
+                    if m.idle {
+                        self.ctx.cov.hit("a guest that never writes again has moved");
+                    }
                     self.moving = None;
                     return true;
                 }
@@ -167,6 +177,7 @@ impl World {
                     self.moving = None;
                     return true;
                 }
+                self.remember(to, Wish::Void);
                 self.event(to, Event::WantVoid { activation: ActivationId([0; 16]) })
             }
         }
@@ -240,7 +251,8 @@ impl World {
         }
         let Some(target) = self.nodes[s].process.as_ref().and_then(|p| p.target.as_ref()) else { return false };
         let kept = target.store.kept();
-        if kept.is_empty() {
+        // Of a folder that was an old copy only what was committed since can be meant (its status says so).
+        if kept.is_empty() || kept.iter().any(|m| !self.ctx.truth.believes(s, m.generation)) {
             return false;
         }
         let linked = self.nodes[s].process.as_ref().is_some_and(|p| p.link.is_some());
@@ -259,6 +271,7 @@ impl World {
         }
         self.note(|| format!("site {s} is promoted to {}", kept[which].generation));
         self.migration_is_over(s);
+        self.remember(s, Wish::Promote(kept[which].generation));
         self.event(s, Event::Promote { generation: kept[which].generation })
     }
 
@@ -271,7 +284,7 @@ impl World {
     }
 
     /// A QEMU attached at `s` must never be served again; what runs elsewhere goes on running there, if it executes there.
-    fn migration_is_over(&mut self, s: usize) {
+    pub fn migration_is_over(&mut self, s: usize) {
         if let Some(q) = &mut self.qemus[s] {
             q.condemned = true;
         }

@@ -4,7 +4,7 @@
 //! It decides nothing that the core decides.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet, VecDeque},
     rc::Rc,
 };
@@ -71,13 +71,21 @@ pub struct Process {
     pub wants_write: bool,
     /// Guest requests inside this process.
     pub requests: Vec<Active>,
-    /// The QEMU that is connected.
+    /// The QEMU that is connected, and the one that was when the gate was last closed for good.
     pub connection: Option<u64>,
+    pub condemned: Option<u64>,
     /// The record could not be written: this process ends now.
     pub dead: bool,
     /// The remainder was granted: nothing may reach the disks any more.
     pub granted: bool,
     pub refusals: Vec<&'static str>,
+    /// Writes were, or are, let through that no log holds: entered in mapped memory before the first of them.
+    pub untracked: Rc<Cell<bool>>,
+    /// It crashed too often: the guest is served and nothing is tracked.
+    pub pass_through: bool,
+    pub log_broken: bool,
+    /// Protocol versions that it speaks.
+    pub speaks: (u32, u32),
 }
 
 impl Process {
@@ -115,10 +123,20 @@ impl Process {
             wants_write: false,
             requests: Vec::new(),
             connection: None,
+            condemned: None,
             dead: false,
             granted: false,
             refusals: Vec::new(),
+            untracked: node.untracked.clone(),
+            pass_through: false,
+            log_broken: node.log_broken,
+            speaks: (1, 1),
         }
+    }
+
+    /// Nothing is sent, and a handover is neither opened nor granted.
+    pub fn counts_as_untracked(&self) -> bool {
+        self.pass_through || self.untracked.get()
     }
 
     pub fn role(&self) -> &Role {
@@ -151,7 +169,7 @@ impl Process {
     }
 
     /// Do what the core says, in its order, until the record cannot be written.
-    fn perform(&mut self, ctx: &mut Ctx, actions: Vec<Action>) {
+    pub fn perform(&mut self, ctx: &mut Ctx, actions: Vec<Action>) {
         for action in actions {
             if self.dead || self.medium.is_off() {
                 self.dead = true;
@@ -170,6 +188,7 @@ impl Process {
                     if gate == Gate::Dead {
                         // What passed the gate before must not be admitted after it.
                         self.tracker.seal();
+                        self.condemned = self.connection;
                     }
                     self.gate = gate;
                 }
@@ -256,10 +275,10 @@ impl Process {
         self.source = None;
         self.preserve.clear();
         if let Ok(found) = crate::content::read_all(&self.images, &ctx.setup.sizes) {
-            ctx.truth.adopted(generation, found);
+            ctx.truth.adopted(self.index, generation, found);
         }
         let counter = self.site.record().epoch.counter;
-        match Target::adopt(ctx, &self.medium, &self.images, generation, counter) {
+        match Target::adopt(ctx, self.index, &self.medium, &self.images, generation, counter) {
             Ok(target) => {
                 self.target = Some(target);
                 self.tracker.clear_all();
@@ -276,9 +295,9 @@ impl Process {
     }
 
     fn open_target(&mut self, ctx: &mut Ctx) {
-        match Target::open_or_create(ctx, &self.medium, &self.images) {
+        match Target::open_or_create(ctx, self.index, &self.medium, &self.images) {
             Ok(target) => {
-                target.check_promises(ctx, self.index);
+                target.check_promises(ctx);
                 self.target = Some(target);
             }
             Err(error) => {
@@ -328,6 +347,7 @@ impl Process {
             committed,
             staged: Vec::new(),
             virgin: self.target.as_ref().is_some_and(Target::is_virgin),
+            speaks: self.speaks,
         }
     }
 
@@ -337,6 +357,11 @@ impl Process {
     }
 
     pub fn link_opened(&mut self, ctx: &mut Ctx, wire: WireId, hello: &Hello, dialer: bool) {
+        if hello.speaks.0 > self.speaks.1 || hello.speaks.1 < self.speaks.0 {
+            ctx.cov.hit("a peer without a common version is refused");
+            ctx.net.hang_up(wire, self.index);
+            return;
+        }
         let mine = self.hello().peer;
         let outdated = |said: &Peer| said.epoch != mine.epoch || said.floor != mine.floor || said.role != mine.role;
         if dialer && ctx.net.wires.get(&wire).is_some_and(|w| outdated(&w.said)) {
@@ -367,7 +392,14 @@ impl Process {
         if self.dead || self.link.is_none() {
             return;
         }
-        if dialer { self.met_as_dialer(ctx, hello, same_history) } else { self.met_as_listener(ctx, hello) }
+        if dialer {
+            self.met_as_dialer(ctx, hello, same_history)
+        } else {
+            self.met_as_listener(ctx, hello)
+        }
+        if self.speaks.1 > 1 {
+            self.send(ctx, Body::Newer);
+        }
     }
 
     fn met_as_dialer(&mut self, ctx: &mut Ctx, hello: &Hello, same: bool) {
@@ -474,6 +506,8 @@ impl Process {
                     target.note(ctx, outcome);
                 }
             }
+            // Whoever does not know it ignores it.
+            Body::Newer => {}
             Body::Verdict { .. } | Body::Durable { .. } | Body::Digests { .. } | Body::Full(_) => {
                 self.source_message(ctx, body);
             }
@@ -496,8 +530,8 @@ impl Process {
         }
     }
 
-    /// After a commit and the sync that follows it: remember the first base.
-    pub fn remember_base(&mut self, ctx: &mut Ctx) {
+    /// After a commit and the sync that follows it: from here on the two sides share a history.
+    pub fn tell_baseline(&mut self, ctx: &mut Ctx) {
         let Some(source) = &self.source else { return };
         let base = source.primary.base();
         if let Some(link) = &mut self.link
@@ -506,10 +540,6 @@ impl Process {
             link.same_history = true;
             let identity = self.site.record().identity;
             self.send(ctx, Body::Baseline { generation: base, identity });
-        }
-        if self.site.record().base == Generation::default() {
-            let action = self.site.amend(|r| r.base = base);
-            self.perform(ctx, vec![action]);
         }
     }
 
@@ -526,7 +556,7 @@ impl Process {
                 _ => false,
             },
             1 => target.sync(ctx).map(|b| out.push(b)).is_some(),
-            2 => target.try_commit(ctx, self.index).map(|b| out.push(b)).is_some(),
+            2 => target.try_commit(ctx).map(|b| out.push(b)).is_some(),
             3 => target.work(ctx),
             _ => target.retain(ctx),
         };

@@ -41,7 +41,7 @@ pub struct Job {
     pub done: bool,
 }
 
-fn block_digest(disk: DiskIndex, block: Block, content: &[u8]) -> [u8; 16] {
+pub fn block_digest(disk: DiskIndex, block: Block, content: &[u8]) -> [u8; 16] {
     let whole = content_digest(disk, &[Extent { start: block, blocks: 1 }], content);
     whole[..16].try_into().unwrap_or_default()
 }
@@ -175,7 +175,7 @@ impl Process {
             let again: Vec<Extent> = if early { job.read.extents.clone() } else { claimed.collect() };
             again.iter().for_each(|e| self.tracker.mark(job.read.disk, *e));
             self.give_up |= !early && !again.is_empty();
-            source.primary.frames_built(ctx.now, job.read.sequence, &[]);
+            source.primary.frames_built(ctx.clock(self.index), job.read.sequence, &[]);
             return;
         }
         job.pieces.sort_unstable_by_key(|(b, _)| *b);
@@ -192,7 +192,7 @@ impl Process {
             }
         }
         let joined =
-            |pieces: &[(Block, &Vec<u8>)]| pieces.iter().flat_map(|(_, c)| c.iter().copied()).collect::<Vec<u8>>();
+            |pieces: &[(Block, &Vec<u8>)]| pieces.iter().map(|(_, c)| c.as_slice()).collect::<Vec<_>>().concat();
         let mut frames = Vec::new();
         if !data.is_empty() {
             let content = joined(&data);
@@ -220,8 +220,11 @@ impl Process {
                 .collect();
             format!("    frames: {}", all.join("; "))
         });
+        for e in &job.read.extents {
+            source.compare.retain(|(d, b)| *d != disk.0 || !(e.start.0..e.end().0).contains(b));
+        }
         let headers: Vec<_> = frames.iter().map(|f| f.header.clone()).collect();
-        source.primary.frames_built(ctx.now, job.read.sequence, &headers);
+        source.primary.frames_built(ctx.clock(self.index), job.read.sequence, &headers);
         for frame in frames {
             if let Some(wire) = source.wire {
                 ctx.net.send_frame(wire, ctx.rng.below(8) as usize, frame.clone());

@@ -19,6 +19,7 @@ use crate::{
     node::{REGION_BLOCKS, Region, SharedMaps, regions_of},
     process::Process,
     readers::{Job, Kind},
+    verify::Verification,
 };
 
 /// Where the marks of a starting source come from.
@@ -26,6 +27,8 @@ use crate::{
 pub enum Baseline {
     Marks,
     Compare(BTreeSet<Region>),
+    /// Nothing can be believed, for this reason.
+    Everything(&'static str),
 }
 
 /// See the module's header.
@@ -36,7 +39,8 @@ pub struct Source {
     pub wire: Option<WireId>,
     /// The peer's folder at the last contact of this session.
     pub known_site: Option<watari_core::record::Id>,
-    /// Generations whose lists were sent in this session.
+    /// Generations whose lists were sent since the last one that was forgotten: one of them may be committed at the peer
+    /// without our having heard.
     pub listed: BTreeSet<Generation>,
     /// Generations given up so far, as last looked at.
     pub given_up: u64,
@@ -48,8 +52,7 @@ pub struct Source {
     pub session: Session,
     /// Peer is full, in its words.
     pub peer_full: bool,
-    /// Time before which there is nothing to do.
-    pub wait_until: u64,
+    pub verification: Verification,
 }
 
 impl Source {
@@ -76,7 +79,7 @@ impl Source {
             epoch,
             session,
             peer_full: false,
-            wait_until: 0,
+            verification: Verification::default(),
         }
     }
 
@@ -100,7 +103,7 @@ impl Process {
         blocks_for(ctx.setup.sizes[usize::from(disk.0)])
     }
 
-    fn must_compare(&mut self, disk: DiskIndex, first: u64, blocks: u64) {
+    pub fn must_compare(&mut self, disk: DiskIndex, first: u64, blocks: u64) {
         self.tracker.mark(disk, Extent::new(first, blocks as u32));
         if let Some(source) = &mut self.source {
             source.compare.extend((first..first + blocks).map(|b| (disk.0, b)));
@@ -115,7 +118,11 @@ impl Process {
     }
 
     pub fn take_baseline(&mut self, ctx: &mut Ctx, baseline: Baseline) {
-        let Baseline::Compare(regions) = baseline else { return };
+        let regions = match baseline {
+            Baseline::Marks => return,
+            Baseline::Everything(why) => return self.compare_everything(ctx, why),
+            Baseline::Compare(regions) => regions,
+        };
         for (disk, region) in regions {
             let (disk, first) = (DiskIndex(disk), region * REGION_BLOCKS);
             let blocks = REGION_BLOCKS.min(self.blocks(ctx, disk) - first);
@@ -151,7 +158,7 @@ impl Process {
         let held = |s: Sequence| hello.staged.iter().any(|(a, b)| *a <= s && s <= *b);
         let held: Option<&dyn Fn(Sequence) -> bool> = if ours { Some(&held) } else { None };
         let kept = &source.kept;
-        source.primary.link_up(ctx.now, &self.tracker, held, hello.committed, &|s| kept.contains_key(&s));
+        source.primary.link_up(ctx.clock(self.index), &self.tracker, held, hello.committed, &|s| kept.contains_key(&s));
         let awaited = matches!(source.primary.phase(), Phase::Committing { generation, .. } | Phase::Forgetting { generation, .. } if *generation == hello.committed);
         source.remainder_told = None;
         source.wire = self.link.map(|l| l.wire);
@@ -178,6 +185,7 @@ impl Process {
     pub fn source_link_down(&mut self) {
         if let Some(source) = &mut self.source {
             source.primary.link_down();
+            source.verification.forget();
             source.wire = None;
         }
     }
@@ -186,7 +194,7 @@ impl Process {
         let Some(source) = &mut self.source else { return };
         match body {
             Body::Verdict { generation, verdict } => match verdict {
-                Verdict::Committed => source.primary.committed(ctx.now, generation),
+                Verdict::Committed => source.primary.committed(ctx.clock(self.index), generation),
                 Verdict::Lacks(missing) => {
                     let kept = &source.kept;
                     source.primary.lacks(&self.tracker, generation, &missing, &|s| kept.contains_key(&s));
@@ -198,13 +206,14 @@ impl Process {
                 }
             },
             Body::Durable { session, sequences } if session == source.session.0 => {
-                sequences.iter().for_each(|s| source.primary.durable(ctx.now, *s, *s));
+                sequences.iter().for_each(|s| source.primary.durable(ctx.clock(self.index), *s, *s));
                 let primary = &source.primary;
                 source.kept.retain(|s, _| primary.needs_payload(*s));
             }
             // Of a former session of ours.
             Body::Durable { .. } => {}
             Body::Digests { id, digests } => {
+                source.verification.answered(id, &digests);
                 for job in &mut source.jobs {
                     if let Some((_, extent)) = job.asked.filter(|(asked, _)| *asked == id) {
                         let blocks = (extent.start.0..extent.end().0).map(Block);
@@ -244,9 +253,12 @@ impl Process {
             self.abandon();
             return true;
         }
+        if self.counts_as_untracked() {
+            return false;
+        }
         let preserved = self.preserve.len() as u64;
         let Some(source) = &mut self.source else { return false };
-        let step = source.primary.poll(ctx.now, &self.tracker, preserved);
+        let step = source.primary.poll(ctx.clock(self.index), &self.tracker, preserved);
         ctx.note(|| match &step {
             Step::Commit { .. } => format!("    site {} Commit", self.index),
             step => format!("    site {} {step:?}", self.index),
@@ -301,7 +313,10 @@ impl Process {
             }
             Step::SyncDisks => source.syncing = true,
             Step::Wait { until_millis } => {
-                source.wait_until = until_millis;
+                let now = ctx.clock(self.index);
+                let idle = *source.primary.phase() == Phase::Idle && until_millis != u64::MAX;
+                let late = idle && until_millis > now + source.primary.limits.interval_millis;
+                assert!(!late, "I8: the next cut waits until {until_millis}, now is {now}");
                 return self.after_pump(ctx);
             }
         }
@@ -317,7 +332,7 @@ impl Process {
         ctx.truth.cut(self.index, generation, &in_flight);
         let Some(source) = &mut self.source else { return };
         let cut = self.tracker.cut();
-        source.primary.cut_made(ctx.now, &self.tracker, generation, cut);
+        source.primary.cut_made(ctx.clock(self.index), &self.tracker, generation, cut);
     }
 
     fn after_pump(&mut self, ctx: &mut Ctx) -> bool {
@@ -361,11 +376,15 @@ impl Process {
             self.dead = true;
             return true;
         }
-        source.primary.forget(&self.tracker);
-        source.kept.clear();
-        if self.tracker.current_blocks() == 0 && self.tracker.staged_blocks() == 0 {
-            source.compare.clear();
+        // Durable before anything of it is forgotten: a source that starts anew must know a target's folder that is older.
+        if let Phase::Forgetting { generation, .. } = *source.primary.phase() {
+            let action = self.site.amend(|r| r.base = generation);
+            self.perform(ctx, vec![action]);
         }
+        let Some(source) = self.source.as_mut().filter(|_| !self.dead) else { return true };
+        source.primary.forget(&self.tracker);
+        source.listed.clear();
+        source.kept.clear();
         // Regions that were not written since the last sweep and have no mark go from the log.
         let cold: Vec<Region> = self.logged.iter().filter(|r| !self.hot.contains(r)).copied().collect();
         self.hot.clear();
@@ -377,11 +396,32 @@ impl Process {
                 self.region_log.borrow_mut().remove(&(disk, region));
             }
         }
-        self.remember_base(ctx);
+        self.tell_baseline(ctx);
         true
     }
 
-    pub fn log_regions(&mut self, disk: DiskIndex, first: Block, last: Block) {
+    /// A complete new log, and a comparison of everything (engine/brain/pace.rs).
+    pub fn leave_untracked(&mut self, ctx: &mut Ctx) {
+        for disk in self.tracker.disk_indices() {
+            let last = Block(self.blocks(ctx, disk) - 1);
+            let all: Vec<Region> = regions_of(disk, Block(0), last).collect();
+            self.region_log.borrow_mut().extend(all.iter().copied());
+            self.hot.extend(all.iter().copied());
+            self.logged.extend(all);
+        }
+        self.untracked.set(false);
+        self.compare_everything(ctx, "changes were not logged for a while");
+    }
+
+    /// The log names these regions durably, or the pair is `Untracked` before the write goes on (I8).
+    pub fn log_regions(&mut self, ctx: &mut Ctx, disk: DiskIndex, first: Block, last: Block) {
+        if self.log_broken {
+            ctx.cov.hit("the pair becomes Untracked");
+            self.untracked.set(true);
+            self.give_up = true;
+            return;
+        }
+        ctx.cov.hit("a region is logged before its first write");
         let regions: Vec<Region> = regions_of(disk, first, last).collect();
         self.region_log.borrow_mut().extend(regions.iter().copied());
         self.hot.extend(regions.iter().copied());

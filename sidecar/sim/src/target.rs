@@ -40,6 +40,7 @@ struct Waiting {
 
 /// See the module's header.
 pub struct Target {
+    site: usize,
     pub store: Store,
     waiting: Option<Waiting>,
     unsynced: bool,
@@ -54,14 +55,15 @@ fn options(ctx: &Ctx) -> Options {
     let limits = JournalLimits { segment_bytes_max: 40 << 10, journal_bytes_max: ctx.setup.journal_bytes };
     Options {
         journal: limits,
-        policy: Policy { keep_last: ctx.setup.keep_last, ..Policy::default() },
+        policy: Policy { keep_last: ctx.setup.keep_last, keep_seconds: ctx.setup.keep_seconds, thin: Vec::new() },
         ..Options::default()
     }
 }
 
 impl Target {
-    fn new(store: Store) -> Target {
+    fn new(site: usize, store: Store) -> Target {
         Target {
+            site,
             store,
             waiting: None,
             unsynced: false,
@@ -89,14 +91,19 @@ impl Target {
         Store::create(medium.folder(FOLDER), images, Box::new(Words), options(ctx), identity, &sizes, virgin)
     }
 
-    pub fn open_or_create(ctx: &mut Ctx, medium: &SimMedium, images: &SimStorage) -> Result<Target, ReplicaError> {
+    pub fn open_or_create(
+        ctx: &mut Ctx,
+        site: usize,
+        medium: &SimMedium,
+        images: &SimStorage,
+    ) -> Result<Target, ReplicaError> {
         let seam = StorageImages { storage: images.clone() };
         match Store::open(medium.folder(FOLDER), seam, Box::new(Words), options(ctx))? {
-            Some(store) => Ok(Target::new(store)),
+            Some(store) => Ok(Target::new(site, store)),
             None => {
                 let content = crate::content::read_all(images, &ctx.setup.sizes);
                 let virgin = content.is_ok_and(|disks| disks.iter().flatten().all(|w| *w == 0));
-                Ok(Target::new(Self::create(ctx, medium, images, virgin)?))
+                Ok(Target::new(site, Self::create(ctx, medium, images, virgin)?))
             }
         }
     }
@@ -104,15 +111,16 @@ impl Target {
     /// The former source's disks become a replica that is at `generation`.
     pub fn adopt(
         ctx: &mut Ctx,
+        site: usize,
         medium: &SimMedium,
         images: &SimStorage,
         generation: Generation,
         floor: u64,
     ) -> Result<Target, ReplicaError> {
         let mut store = Self::create(ctx, medium, images, false)?;
-        store.adopt(Mark { generation, root: [0; 32], committed_at_seconds: ctx.now / 1000 })?;
+        store.adopt(Mark { generation, root: [0; 32], committed_at_seconds: ctx.clock(site) / 1000 })?;
         store.raise_floor(floor)?;
-        Ok(Target::new(store))
+        Ok(Target::new(site, store))
     }
 
     pub fn committed(&self) -> Generation {
@@ -145,8 +153,8 @@ impl Target {
     }
 
     /// After a start: what was acknowledged as committed is here (I4).
-    pub fn check_promises(&self, ctx: &mut Ctx, site: usize) {
-        if let Some(promised) = ctx.truth.promised[site] {
+    pub fn check_promises(&self, ctx: &mut Ctx) {
+        if let Some(promised) = ctx.truth.promised[self.site] {
             let found = self.committed();
             assert!(
                 found >= promised,
@@ -165,7 +173,7 @@ impl Target {
             if ctx.truth.generations.contains_key(&mark.generation)
                 && let Ok(found) = self.content(ctx, mark.generation)
             {
-                ctx.truth.check_generation(mark.generation, &found, "a kept generation");
+                ctx.truth.check_generation(self.site, mark.generation, &found, "a kept generation");
                 ctx.cov.hit("checked a kept generation");
             }
         }
@@ -250,7 +258,7 @@ impl Target {
         self.waiting = Some(Waiting { generation, parent, entries, root, since: ctx.now });
     }
 
-    pub fn try_commit(&mut self, ctx: &mut Ctx, site: usize) -> Option<Body> {
+    pub fn try_commit(&mut self, ctx: &mut Ctx) -> Option<Body> {
         let waiting = self.waiting.take()?;
         if let Err(error) = self.store.sync_staged() {
             self.error(ctx, &error);
@@ -260,19 +268,19 @@ impl Target {
         let generation = waiting.generation;
         let answer = self
             .store
-            .begin_commit(generation, waiting.parent, ctx.now / 1000)
+            .begin_commit(generation, waiting.parent, ctx.clock(self.site) / 1000)
             .and_then(|()| self.store.append_entries(&waiting.entries))
             .and_then(|()| self.store.finish_commit(waiting.root));
         let verdict = match answer {
             Ok(CommitAnswer::Committed) => {
                 let found = self.content(ctx, generation).expect("what was committed just now can be read");
-                ctx.truth.check_generation(generation, &found, "a commit");
+                ctx.truth.check_generation(self.site, generation, &found, "a commit");
                 ctx.cov.hit("commit");
-                self.promise(ctx, site, generation)
+                self.promise(ctx, generation)
             }
             Ok(CommitAnswer::AlreadyCommitted) => {
                 ctx.cov.hit("commit repeated");
-                self.promise(ctx, site, generation)
+                self.promise(ctx, generation)
             }
             Ok(CommitAnswer::Lacks(missing)) => {
                 if ctx.now < waiting.since + FRAMES_WAIT_MILLIS {
@@ -297,9 +305,9 @@ impl Target {
         Some(Body::Verdict { generation, verdict })
     }
 
-    fn promise(&mut self, ctx: &mut Ctx, site: usize, generation: Generation) -> Verdict {
+    fn promise(&mut self, ctx: &mut Ctx, generation: Generation) -> Verdict {
         self.more_to_apply = true;
-        ctx.truth.promised[site] = Some(generation);
+        ctx.truth.promised[self.site] = Some(generation);
         Verdict::Committed
     }
 
@@ -341,7 +349,7 @@ impl Target {
     }
 
     pub fn retain(&mut self, ctx: &mut Ctx) -> bool {
-        match self.store.retain(ctx.now / 1000) {
+        match self.store.retain(ctx.clock(self.site) / 1000) {
             Ok(retained) if retained.removed.is_empty() => false,
             Ok(_) => {
                 ctx.cov.hit("retention removes a generation");

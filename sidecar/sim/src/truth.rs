@@ -3,7 +3,7 @@
 //!
 //! I2: acknowledged before the cut is in; submitted after is not; what was in flight may be either, sector by sector.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use watari_core::geometry::{Epoch, Generation};
 
@@ -82,11 +82,18 @@ pub struct Truth {
     /// The newest generation that each site, as a target, said is committed.
     pub promised: [Option<Generation>; 2],
     /// Epoch counters that began with a person's decision against a side that could not be asked: a promotion, a reclaim.
-    pub unfenced: std::collections::BTreeSet<u64>,
+    pub unfenced: BTreeSet<u64>,
     /// Times that a person told an active side to serve on; only that can raise one counter at two sides.
     pub reclaims: u64,
     /// Guest writes are numbered.
     pub next_write: u64,
+    /// Nobody can say what a site's disks hold: they lie, or somebody else writes to them. Nothing is asked of it before
+    /// the end of the history.
+    pub distrusted: [bool; 2],
+    /// Generations of a site whose folder was restored from an old copy: the disks went on without it.
+    pub outdated: [BTreeSet<Generation>; 2],
+    /// Changes of the site that serves.
+    pub moves: u64,
 }
 
 impl Truth {
@@ -109,8 +116,16 @@ impl Truth {
         assert!(before.is_none(), "generation {generation} is cut twice: numbers are never used twice");
     }
 
+    /// Whether what `site` holds under a generation is what it should be.
+    pub fn believes(&self, site: usize, generation: Generation) -> bool {
+        !self.distrusted[site] && !self.outdated[site].contains(&generation)
+    }
+
     /// `found` is what `site` holds under this generation.
-    pub fn check_generation(&mut self, generation: Generation, found: &Disks, what: &str) {
+    pub fn check_generation(&mut self, site: usize, generation: Generation, found: &Disks, what: &str) {
+        if !self.believes(site, generation) {
+            return;
+        }
         let Some(truth) = self.generations.get_mut(&generation) else {
             panic!("{what}: generation {generation} was never cut");
         };
@@ -139,13 +154,13 @@ impl Truth {
     }
 
     /// A former active side's disks become a replica under this name. A fenced side's are a generation of their own.
-    pub fn adopted(&mut self, generation: Generation, found: Disks) {
+    pub fn adopted(&mut self, site: usize, generation: Generation, found: Disks) {
         use std::collections::btree_map::Entry;
         if let Entry::Vacant(new) = self.generations.entry(generation) {
             new.insert(GenTruth { content: found, in_flight: BTreeMap::new(), fixed: true });
             return;
         }
-        self.check_generation(generation, &found, "disks that become a replica");
+        self.check_generation(site, generation, &found, "disks that become a replica");
     }
 
     /// The content of a generation that is fixed.

@@ -13,8 +13,9 @@ use watari_core::{
 
 use crate::{
     content::{Word, name, word},
-    ctx::{Ctx, Setup},
+    ctx::{Ctx, Liar, Setup},
     guest::{Active, Answer, Ask, Spec, words_read},
+    intents::Intent,
     net::Arrival,
     node::Node,
     operator::Move,
@@ -42,6 +43,8 @@ pub struct World {
     pub nodes: [Node; 2],
     pub qemus: [Option<Qemu>; 2],
     pub moving: Option<Move>,
+    /// What was asked of the sidecars, to be asked again.
+    pub intents: Vec<Intent>,
     pub next_request: u64,
     pub step: u64,
     /// Faults may happen.
@@ -75,6 +78,17 @@ const EVENTS: &[Act] = &[
     (1, World::loses_power_soon),
     (1, World::partitions),
     (2, World::heals),
+    (5, World::verifies),
+    (1, World::much_time_passes),
+    (1, World::clock_jumps),
+    (1, World::pod_goes),
+    (2, World::folder_is_copied),
+    (1, World::folder_is_restored),
+    (1, World::folder_is_lost),
+    (2, World::foreign_hand_writes),
+    (2, World::log_breaks),
+    (3, World::log_works),
+    (2, World::applies_old_intent),
 ];
 
 impl World {
@@ -87,16 +101,22 @@ impl World {
             cov: Default::default(),
             rng,
             now: 1_000,
+            ahead: [10_000_000; 2],
+            peace: false,
             trace: trace.then(Vec::new),
         };
         let filled = ctx.setup.filled;
         let nodes = [Node::new(0, &mut ctx, true), Node::new(1, &mut ctx, filled)];
+        if ctx.setup.trouble.liar == Some(Liar::Syncs) {
+            nodes[1].medium.lie_in("images");
+        }
         nodes[1].medium.set_capacity(crate::target::FOLDER, ctx.setup.capacity);
         let mut world = World {
             ctx,
             nodes,
             qemus: [None, None],
             moving: None,
+            intents: Vec::new(),
             next_request: 0,
             step: 0,
             faults: true,
@@ -150,12 +170,8 @@ impl World {
                 self.process_gone(s);
             }
             self.nodes[s].learn_truth(&mut self.ctx);
-            let gate = self.nodes[s].process.as_ref().map(|p| p.gate);
-            if let Some(q) = &mut self.qemus[s]
-                && q.connected
-                && gate == Some(Gate::Dead)
-            {
-                q.condemned = true;
+            if let (Some(q), Some(p)) = (&mut self.qemus[s], &self.nodes[s].process) {
+                q.condemned |= q.connected && (p.gate == Gate::Dead || p.condemned == Some(q.id));
             }
         }
         self.ctx.net.sweep();
@@ -266,7 +282,8 @@ impl World {
         // Half of the requests go to a few hot blocks, so that they meet each other.
         let sector = if rng.one_in(2) { rng.below(sectors.min(40)) } else { rng.below(sectors) };
         let n = (1 + if rng.one_in(3) { rng.below(60) } else { rng.below(9) }).min(sectors - sector);
-        let kind = rng.below(10);
+        let idle = self.step >= self.ctx.setup.trouble.idle_from;
+        let kind = if idle { 7 + rng.below(3) } else { rng.below(10) };
         let Some(q) = self.qemus[s].as_ref().filter(|q| q.running && !q.draining && !q.condemned) else { return false };
         if q.outstanding.len() >= 8 {
             return false;
