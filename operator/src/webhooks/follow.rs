@@ -15,7 +15,7 @@ use kube::{
 };
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
-use watari_crds::replica::SyncReplica;
+use watari_crds::{crossing::Site, pair::SyncPair, replica::SyncReplica};
 
 use super::placement::{Placement, Placements};
 use crate::context::Context;
@@ -23,7 +23,34 @@ use crate::context::Context;
 /// Follows the objects for as long as the process lives. `listed` is told once all of them were read a first time.
 pub async fn run(context: Context, listed: oneshot::Sender<()>) {
     let Context { client, settings, placements, .. } = context;
-    follow(Api::<SyncReplica>::all(client), |replica| of_replica(replica, &settings.site), placements, listed).await;
+    let (replicas_listed, replicas) = oneshot::channel();
+    let (pairs_listed, pairs) = oneshot::channel();
+    let both = async {
+        // An error: its follower has ended, and with it this.
+        let _ = tokio::join!(replicas, pairs);
+        let _ = listed.send(());
+    };
+    let of_replica = |replica: &SyncReplica| of_replica(replica, &settings.site);
+    tokio::join!(
+        follow(Api::<SyncReplica>::all(client.clone()), of_replica, placements.clone(), replicas_listed),
+        follow(Api::<SyncPair>::all(client), of_pair, placements, pairs_listed),
+        both,
+    );
+}
+
+/// What a SyncPair, which is at its home, says of its VM here.
+fn of_pair(pair: &SyncPair) -> Option<(String, Placement)> {
+    let (pair_id, status) = (pair.uid()?, pair.status.as_ref()?);
+    let name = format!("{}/{}", pair.namespace().unwrap_or_default(), pair.name_any());
+    let placement = match status.active_site {
+        Site::Source => Placement::Here,
+        Site::Peer => Placement::Elsewhere {
+            active_site: pair.spec.peer.clone(),
+            role_here: "Replica".to_owned(),
+            sync_pair: Some(name),
+        },
+    };
+    Some((pair_id, placement))
 }
 
 /// What a SyncReplica says of its pair at this site, by the role that the folder's owner reported last.
@@ -156,6 +183,27 @@ mod tests {
             assert_eq!(at(Some(role)), Some(Placement::Here), "{role}");
         }
         assert_eq!(of_replica(&replica(Some("Replica")), "kobe"), None, "written for another site");
+    }
+
+    #[test]
+    fn a_pair_whose_vm_is_at_the_peer_says_so_at_home() {
+        let pair = |status: serde_json::Value| -> SyncPair {
+            serde_json::from_value(json!({
+                "apiVersion": "watari.io/v1alpha1", "kind": "SyncPair",
+                "metadata": { "name": "shop", "namespace": "apps", "uid": PAIR },
+                "spec": { "vmName": "shop", "peer": "osaka" }, "status": status,
+            }))
+            .unwrap()
+        };
+        assert_eq!(of_pair(&pair(json!(null))), None, "its controller has not looked yet");
+        let here = of_pair(&pair(json!({ "activeSite": "Source" })));
+        assert_eq!(here, Some((PAIR.to_owned(), Placement::Here)));
+        let Some((_, Placement::Elsewhere { active_site, sync_pair, .. })) =
+            of_pair(&pair(json!({ "activeSite": "Peer" })))
+        else {
+            panic!("it is elsewhere")
+        };
+        assert_eq!((active_site.as_str(), sync_pair.as_deref()), ("osaka", Some("apps/shop")));
     }
 
     #[test]
