@@ -90,4 +90,4 @@ e2e: tools ## run the tests that need clusters, on ours (which stay up) or on tw
 	cargo test -p watari-clusters --features on-clusters --test clusters -- --test-threads 1
 	cargo test -p kubevirt-standin --features on-clusters --test standin -- --test-threads 1
 	cargo test -p watari-crds --features on-clusters --test rules -- --test-threads 1
-	cargo test -p watari-operator --features on-clusters --test product -- --test-threads 1
+	cargo test -p watari-operator --features on-clusters --test admission --test product -- --test-threads 1

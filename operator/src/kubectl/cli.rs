@@ -4,6 +4,7 @@ use std::{io::Write, path::PathBuf};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use watari_crds::crossing::Site;
 
 /// It was done, and something is not as it should be.
 pub const EXIT_NOT_WELL: u8 = 3;
@@ -33,6 +34,8 @@ pub enum Command {
     Status(Status),
     /// Show whether peers can be used, what is missing and how to mend it.
     Check(Check),
+    /// Move a VM to the other site, and follow it; interrupting this does not stop the move.
+    Cutover(Cutover),
     /// Print a completion script; kubectl looks for it as `kubectl_complete-watari`.
     Completion { shell: Shell },
 }
@@ -58,6 +61,41 @@ pub struct Scope {
     /// Look in all namespaces.
     #[arg(long, short = 'A')]
     pub all_namespaces: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct Cutover {
+    /// The SyncPair, at its home.
+    pub name: String,
+    /// The namespace of the pair. Default: that of the context.
+    #[arg(long, short, value_name = "NAME")]
+    pub namespace: Option<String>,
+    /// Where the VM shall run: `source` is the pair's home. Default: where it is not. Naming where it is calls a move off.
+    #[arg(long, value_name = "SITE")]
+    pub to: Option<To>,
+    /// Ask for it and return.
+    #[arg(long)]
+    pub no_wait: bool,
+    /// How long to follow it, seconds; afterwards the exit code is 3 and the move goes on.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    pub timeout_seconds: u64,
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum To {
+    Source,
+    Peer,
+}
+
+impl From<To> for Site {
+    fn from(to: To) -> Site {
+        match to {
+            To::Source => Site::Source,
+            To::Peer => Site::Peer,
+        }
+    }
 }
 
 #[derive(Args, Debug)]

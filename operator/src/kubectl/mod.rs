@@ -1,12 +1,13 @@
 //! `kubectl watari`: what is going on, and whether a peer can be used. A kubectl plug-in: the binary `kubectl-watari` in the `PATH`.
 //!
-//! It reads the same objects as everybody else, with the caller's kubeconfig and rights; it has no door of its own. What
+//! It reads and changes the same objects as everybody else, with the caller's kubeconfig and rights; it has no door of its own. What
 //! it prints is made by functions without a client ([`status`], [`check`]); this module asks and prints.
 //!
-//! Not here yet: `connect`, `cutover`, `failover`.
+//! Not here yet: `connect`, `failover`.
 
 pub mod check;
 pub mod cli;
+pub mod cutover;
 pub mod status;
 pub mod table;
 
@@ -57,6 +58,11 @@ pub async fn run(cli: &Cli, out: &mut impl Write) -> Result<Outcome, Error> {
                 true => watch(&client, &namespace, status, out).await,
                 false => print_status(&client, &namespace, status, out).await,
             }
+        }
+        Command::Cutover(cutover) => {
+            let (client, namespace) = connect(cli).await?;
+            let namespace = cutover.namespace.as_deref().unwrap_or(&namespace);
+            cutover::run(&Api::namespaced(client, namespace), cutover, out).await
         }
         Command::Check(check) => print_check(&connect(cli).await?.0, check, out).await,
         Command::Completion { shell } => {

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use watari_crds::{
     conditions::{Condition, Kind, Status},
+    crossing::Site,
     pair::{Phase, SyncPair},
 };
 
@@ -18,6 +19,8 @@ pub struct Row {
     pub vm_name: String,
     pub peer: String,
     pub phase: Phase,
+    /// Where the VM is active.
+    pub active_site: Site,
     /// A whole generation is at the peer and changes follow.
     pub ready: bool,
     /// Age of the newest generation at the peer: what would be lost now.
@@ -43,8 +46,11 @@ pub fn row(pair: &SyncPair, now: Timestamp) -> Row {
     // A status that speaks of an older spec says nothing about this one.
     let current = pair.metadata.generation.is_none_or(|generation| generation == status.observed_generation);
     let holds = |kind: Kind| status.conditions.iter().find(|one| one.kind == kind.name() && one.status == Status::True);
-    let mut problems: Vec<String> =
-        [Kind::Stalled, Kind::RestartRequired, Kind::Attention].into_iter().filter_map(holds).map(words).collect();
+    let mut problems: Vec<String> = [Kind::Stalled, Kind::RestartRequired, Kind::SiteDiffers, Kind::Attention]
+        .into_iter()
+        .filter_map(holds)
+        .map(words)
+        .collect();
     let ready = status.conditions.iter().find(|one| one.kind == Kind::Ready.name());
     if problems.is_empty() {
         problems.extend(ready.filter(|one| one.status != Status::True).map(words));
@@ -58,6 +64,7 @@ pub fn row(pair: &SyncPair, now: Timestamp) -> Row {
         vm_name: pair.spec.vm_name.clone(),
         peer: pair.spec.peer.clone(),
         phase: status.phase,
+        active_site: status.active_site,
         ready: current && ready.is_some_and(|one| one.status == Status::True),
         committed_age_seconds: committed.map(|committed| now.duration_since(committed.cut_time).as_secs().max(0)),
         lag_bytes: status.lag_bytes,
@@ -85,6 +92,7 @@ pub fn text(rows: &[Row], whole: bool) -> String {
                 row.name.clone(),
                 row.vm_name.clone(),
                 row.peer.clone(),
+                format!("{:?}", row.active_site),
                 match row.progress_percent {
                     Some(percent) => format!("{:?} {}", row.phase, bar(percent)),
                     None => format!("{:?}", row.phase),
@@ -95,7 +103,8 @@ pub fn text(rows: &[Row], whole: bool) -> String {
             ]
         })
         .collect();
-    let mut text = columns(&["NAMESPACE", "NAME", "VM", "PEER", "PHASE", "LOST IF NOW", "BEHIND", "MOVE"], &cells);
+    let mut text =
+        columns(&["NAMESPACE", "NAME", "VM", "PEER", "ACTIVE", "PHASE", "LOST IF NOW", "BEHIND", "MOVE"], &cells);
     for row in rows {
         for problem in &row.problems {
             text.push_str(&format!("\n{}/{}: {problem}", row.namespace, row.name));

@@ -17,6 +17,7 @@ use watari_clusters::provision::LOCAL_CLASS;
 use watari_crds::crossing::Site;
 use watari_crds::kubevirt::VirtualMachine;
 use watari_crds::pair::{Phase, SyncPair, SyncPairStatus};
+use watari_crds::replica::SyncReplica;
 use watari_e2e::build;
 
 use crate::scene::{Scene, condition, until};
@@ -39,11 +40,9 @@ async fn a_running_vm_is_moved_to_the_peer_by_its_sync_pair_and_comes_back_as_a_
         eprintln!("{}", play.scene.logs());
         play.collect().await;
     }
-    for cluster in play.scene.pair.both() {
-        play.vms(cluster).delete_collection(&DeleteParams::default(), &ListParams::default()).await?;
-    }
+    let cleaned = play.clean().await;
     play.scene.end().await?;
-    result
+    result.and(cleaned)
 }
 
 struct Play {
@@ -181,7 +180,12 @@ impl Play {
     /// Asks for the move, waits until the VM runs there, and answers the pair's status and the bytes that crossed the line.
     async fn go(&self, to: &str, at_move: i64) -> anyhow::Result<(SyncPairStatus, u64)> {
         let (begin, before) = (Instant::now(), self.bytes()?);
-        self.change(json!({ "activeSite": to, "atMove": at_move })).await?;
+        if to == "Peer" {
+            // As a person on a bad day.
+            self.kubectl_watari(&["cutover", "shop"]).await?;
+        } else {
+            self.change(json!({ "activeSite": to, "atMove": at_move })).await?;
+        }
         let status = until(&format!("the VM to be at {to}"), async || {
             let status = self.status().await?;
             Ok((status.moves == at_move + 1 && status.crossing.is_none()).then_some(status))
@@ -194,6 +198,16 @@ impl Play {
             bytes as f64 / f64::from(1 << 20)
         );
         Ok((status, bytes))
+    }
+
+    async fn kubectl_watari(&self, arguments: &[&str]) -> anyhow::Result<()> {
+        let kubeconfig = self.ours.folders.kubeconfig(self.ours.a());
+        let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_kubectl-watari"));
+        command.args(["--kubeconfig"]).arg(kubeconfig).args(arguments).args(["-n", &self.scene.namespace]);
+        let output = command.kill_on_drop(true).output().await?;
+        eprintln!("{}", String::from_utf8_lossy(&output.stdout));
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
     }
 
     /// Bytes that have crossed the line, both ways.
@@ -209,6 +223,29 @@ impl Play {
         let list = pods.list(&ListParams::default().labels("kubevirt.io=virt-launcher")).await?;
         let running = |pod: &&Pod| pod.status.as_ref().and_then(|it| it.phase.as_deref()) == Some("Running");
         Guest::of(&self.ours, list.iter().find(running).context("a VM that runs has a Pod")?)
+    }
+
+    /// The VM goes, then the pair; of a test that failed also what would hold its namespace.
+    async fn clean(&self) -> anyhow::Result<()> {
+        for cluster in self.scene.pair.both() {
+            self.vms(cluster).delete_collection(&DeleteParams::default(), &ListParams::default()).await?;
+        }
+        let replicas: Api<SyncReplica> = self.scene.api(&self.scene.pair.b.client);
+        if self.pairs().get_opt("shop").await?.is_some() {
+            self.pairs().delete("shop", &DeleteParams::default()).await?;
+        }
+        let gone = until("the pair and its replica to be gone", async || {
+            let gone = self.pairs().get_opt("shop").await?.is_none() && replicas.get_opt("shop").await?.is_none();
+            Ok(gone.then_some(()))
+        })
+        .await;
+        if gone.is_err() {
+            let patch = Patch::Merge(json!({ "metadata": { "finalizers": null } }));
+            // Either may be gone.
+            let _ = self.pairs().patch("shop", &PatchParams::default(), &patch).await;
+            let _ = replicas.patch("shop", &PatchParams::default(), &patch).await;
+        }
+        gone
     }
 
     /// For a test that failed: what there is on both clusters.

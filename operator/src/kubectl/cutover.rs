@@ -1,0 +1,132 @@
+//! `cutover`: asks for a move by changing where the VM shall run, and follows it to its end.
+//!
+//! The wish is written as `kubectl apply` would write it, with `atMove` filled in; whoever watches may go away, the move goes on.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use kube::api::{Api, Patch, PatchParams};
+use serde::Serialize;
+use serde_json::json;
+use watari_crds::conditions::{Kind, Status};
+use watari_crds::crossing::{Site, Stage};
+use watari_crds::pair::SyncPair;
+
+use super::cli::{Cutover, Output};
+use super::{Error, Outcome, api_error};
+
+/// How often the pair is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Where a move stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase", tag = "state", content = "words")]
+pub enum Standing {
+    UnderWay(String),
+    /// It waits for something, or an attempt failed and another one follows.
+    HeldUp(String),
+    Done(String),
+}
+
+/// Reads it from a pair that was asked to be at `to`.
+pub fn standing(pair: &SyncPair, to: Site) -> Standing {
+    let status = pair.status.clone().unwrap_or_default();
+    if status.active_site == to && status.crossing.is_none() {
+        let last = status.history.first().filter(|moved| moved.to == to);
+        let took = last.and_then(|moved| moved.seconds).map(|it| format!(" after {it} s")).unwrap_or_default();
+        let predicted = last.and_then(|moved| moved.predicted_seconds);
+        let predicted = predicted.map(|it| format!(" (predicted: {it} s)")).unwrap_or_default();
+        return Standing::Done(format!("The VM is active at {to:?}{took}{predicted}."));
+    }
+    let failed = status.crossing.as_ref().filter(|attempt| attempt.failed.is_some());
+    match (&status.crossing, failed) {
+        (_, Some(failed)) => Standing::HeldUp(format!("Attempt {} failed: {}", failed.attempt, failed.message)),
+        (Some(attempt), None) if attempt.stage == Stage::Failed => Standing::HeldUp(attempt.message.clone()),
+        (Some(attempt), None) => Standing::UnderWay(format!("{:?}: {}", attempt.stage, attempt.message)),
+        (None, None) => {
+            let holds =
+                |kind: Kind| status.conditions.iter().find(|it| it.kind == kind.name() && it.status == Status::True);
+            let why = [Kind::SiteDiffers, Kind::Stalled, Kind::Reconciling].into_iter().find_map(holds);
+            Standing::HeldUp(why.map_or("The operator has not taken it up yet.".to_owned(), |it| it.message.clone()))
+        }
+    }
+}
+
+/// Asks, and follows.
+pub async fn run(api: &Api<SyncPair>, asked: &Cutover, out: &mut impl Write) -> Result<Outcome, Error> {
+    let pair = api.get(&asked.name).await.map_err(api_error("the SyncPair"))?;
+    let status = pair.status.unwrap_or_default();
+    let to = asked.to.map_or(status.active_site.other(), Site::from);
+    let patch = Patch::Merge(json!({ "spec": { "activeSite": to, "atMove": status.moves } }));
+    api.patch(&asked.name, &PatchParams::default(), &patch).await.map_err(api_error("changing the SyncPair"))?;
+    let begin = Instant::now();
+    let mut said = None;
+    loop {
+        let pair = api.get(&asked.name).await.map_err(api_error("the SyncPair"))?;
+        // A status that speaks of an older spec says nothing about this wish.
+        let current = pair.metadata.generation == pair.status.as_ref().map(|status| status.observed_generation);
+        let now = match current {
+            true => standing(&pair, to),
+            false => Standing::HeldUp("The operator has not looked at it yet.".to_owned()),
+        };
+        if said.as_ref() != Some(&now) {
+            print(begin.elapsed(), &now, asked.output, out)?;
+            said = Some(now.clone());
+        }
+        match now {
+            Standing::Done(_) => return Ok(Outcome::Well),
+            Standing::UnderWay(_) | Standing::HeldUp(_) if asked.no_wait => return Ok(Outcome::Well),
+            Standing::UnderWay(_) | Standing::HeldUp(_) if begin.elapsed().as_secs() >= asked.timeout_seconds => {
+                return Ok(Outcome::NotWell);
+            }
+            Standing::UnderWay(_) | Standing::HeldUp(_) => tokio::time::sleep(LOOK).await,
+        }
+    }
+}
+
+fn print(elapsed: Duration, now: &Standing, output: Output, out: &mut impl Write) -> Result<(), Error> {
+    match (output, now) {
+        (Output::Json, _) => writeln!(out, "{}", serde_json::to_string(now)?)?,
+        (Output::Table, Standing::UnderWay(words) | Standing::HeldUp(words) | Standing::Done(words)) => {
+            writeln!(out, "{:>4} s  {words}", elapsed.as_secs())?;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn pair(status: serde_json::Value) -> SyncPair {
+        serde_json::from_value(json!({
+            "apiVersion": "watari.io/v1alpha1", "kind": "SyncPair", "metadata": { "name": "shop" },
+            "spec": { "vmName": "shop", "peer": "osaka" }, "status": status,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn each_step_of_a_move_has_its_words() {
+        let began = "2026-01-01T00:00:00Z";
+        let attempt = json!({ "id": "x", "to": "Peer", "stage": "Converging", "message": "5 MiB are left.", "began": began, "attempt": 1 });
+        let mut failed = attempt.clone();
+        failed["failed"] = json!(began);
+        let differs = json!([{ "type": "SiteDiffers", "status": "True", "reason": "AtMoveDiffers", "message": "an old wish", "lastTransitionTime": began }]);
+        let moved = json!({ "to": "Peer", "ended": began, "seconds": 31, "predictedSeconds": 28 });
+        for (status, expected) in [
+            (json!({ "crossing": attempt }), Standing::UnderWay("Converging: 5 MiB are left.".to_owned())),
+            (json!({ "crossing": failed }), Standing::HeldUp("Attempt 1 failed: 5 MiB are left.".to_owned())),
+            (json!({ "conditions": differs }), Standing::HeldUp("an old wish".to_owned())),
+            (json!({}), Standing::HeldUp("The operator has not taken it up yet.".to_owned())),
+            (
+                json!({ "activeSite": "Peer", "history": [moved] }),
+                Standing::Done("The VM is active at Peer after 31 s (predicted: 28 s).".to_owned()),
+            ),
+        ] {
+            assert_eq!(standing(&pair(status), Site::Peer), expected);
+        }
+    }
+}
