@@ -11,7 +11,7 @@ use super::{
     list::{self, ListHeader},
     manifest::{MANIFEST_MAGIC, MANIFEST_NAME, MANIFEST_VERSION, Manifest},
     store::{Pending, check_images, is_ours, remove_if_there},
-    undo,
+    undo::{self, UndoInfo},
 };
 use crate::{frame::Decompress, geometry::Generation, slots::SlotFile, storage::Storage};
 use alloc::{boxed::Box, collections::BTreeSet, format, string::String, sync::Arc, vec::Vec};
@@ -49,7 +49,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
             Err(ReplicaError::Corrupt { .. }) if store.options.salvage => store.load_what_is_whole(&names)?,
             loaded => loaded?,
         }
-        store.load_history(&names)?;
+        let merged = store.load_history(&names)?;
         if !store.manifest.virgin {
             // Unlisted frames that went into the image were dropped by the first commit.
             let dropped: Vec<FrameKey> =
@@ -62,7 +62,7 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         }
         if !store.options.read_only {
             store.write_salvage()?;
-            store.clean_up(&names, unfinished)?;
+            store.clean_up(&names, unfinished, &merged)?;
         }
         Ok(Some(store))
     }
@@ -122,7 +122,9 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
     }
 
     /// Follow the undo files from the image back.
-    fn load_history(&mut self, names: &[String]) -> Result<(), ReplicaError> {
+    /// Answers the merged files of an interrupted thinning: they are durable before what they replace goes.
+    fn load_history(&mut self, names: &[String]) -> Result<Vec<String>, ReplicaError> {
+        let mut merged = Vec::new();
         let mut infos = Vec::new();
         for name in names.iter().filter(|name| undo::is_undo_name(name)) {
             infos.extend(undo::read_info(&self.meta, name)?);
@@ -134,8 +136,18 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
             None => applied,
         };
         while let Some(newer) = next {
-            // Where thinning was interrupted after it merged two files, the longer step is the decided one.
-            let found = infos.iter().filter(|info| info.newer == newer).min_by_key(|info| info.older.generation);
+            // Where thinning was interrupted after it merged two files, the longer step is the decided one, if it is whole: after a
+            // loss of power its trailer may be there without its data.
+            let mut steps: Vec<&UndoInfo> = infos.iter().filter(|info| info.newer == newer).collect();
+            steps.sort_by_key(|info| info.older.generation);
+            while let [longest, _, ..] = steps[..] {
+                if undo::is_whole(&self.meta, longest)? {
+                    merged.push(longest.name.clone());
+                    break;
+                }
+                steps.remove(0);
+            }
+            let found = steps.first().copied();
             next = found.map(|info| info.older.generation).filter(|older| *older < newer);
             self.history.extend(found.filter(|_| next.is_some()).cloned());
         }
@@ -148,11 +160,22 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         {
             return Err(ReplicaError::corrupt(MANIFEST_NAME, "the undo for the roll-back is missing"));
         }
-        Ok(())
+        Ok(merged)
     }
 
     /// Remove what interrupted work left, and make durable what counts from now on.
-    fn clean_up(&mut self, names: &[String], unfinished: Vec<Unfinished>) -> Result<(), ReplicaError> {
+    fn clean_up(
+        &mut self,
+        names: &[String],
+        unfinished: Vec<Unfinished>,
+        merged: &[String],
+    ) -> Result<(), ReplicaError> {
+        for name in merged {
+            self.meta.sync(name)?;
+        }
+        if !merged.is_empty() {
+            self.meta.sync_folder()?;
+        }
         let lists: BTreeSet<&str> = self.pending.iter().map(|pending| pending.list.as_str()).collect();
         let undo: BTreeSet<&str> = self.history.iter().map(|info| info.name.as_str()).collect();
         let mut orphans: Vec<String> = unfinished.into_iter().map(|Unfinished(name)| name).collect();

@@ -1,7 +1,8 @@
 //! Undo files: what the blocks that a generation overwrites held before, so that its parent can still be read.
 //!
 //! `undo-<newer>-<older>` turns the content at `newer` into the content at `older`. Header, data blocks, index, trailer, in the
-//! order they are written; without its trailer a file counts for nothing. Complete files are never changed. A chain of
+//! order they are written; without its trailer a file counts for nothing, and one that nothing vouches for may have a trailer without its
+//! data ([`is_whole`]). Complete files are never changed. A chain of
 //! files leads from the applied generation back to the oldest kept one.
 //!
 //! The file says nothing of when the image may be written; that is the manifest's part.
@@ -319,6 +320,21 @@ fn read_trailer<M: Storage>(meta: &M, name: &str, file_bytes: u64) -> Result<Opt
     let mut bytes = [0; TRAILER_BYTES as usize];
     read_exact(meta, name, file_bytes - TRAILER_BYTES, &mut bytes)?;
     Ok(decode_trailer(&bytes, file_bytes))
+}
+
+/// Whether an undo file's index and all its data are what was written: a file that was not synced may have any of its parts.
+pub(crate) fn is_whole<M: Storage>(meta: &M, info: &UndoInfo) -> Result<bool, ReplicaError> {
+    let corrupt_is_no = |error| if matches!(error, ReplicaError::Corrupt { .. }) { Ok(false) } else { Err(error) };
+    let index = match read_index(meta, info) {
+        Ok(index) => index,
+        Err(error) => return corrupt_is_no(error),
+    };
+    for entry in index.entries.iter().filter(|entry| !entry.zero) {
+        if let Err(error) = index.data(meta, entry) {
+            return corrupt_is_no(error);
+        }
+    }
+    Ok(true)
 }
 
 /// Read and check the whole index of a complete undo file.

@@ -112,6 +112,24 @@ fn a_loss_of_power_at_every_operation_harms_nothing_without_history() {
     assert!(crashes > 400, "only {crashes} crash points were reached");
 }
 
+/// Thinning merges two undo files; of the merged one any part may be lost with the power (seed 9 lost its data, kept its trailer, and
+/// the files it was made of were taken away).
+#[test]
+fn a_loss_of_power_while_undo_files_are_merged_harms_no_kept_generation() {
+    let setup = Setup::new(false, 1);
+    let whole = run_script(&setup, 1, None, Survival::Nothing);
+    let operations = whole.medium.operations();
+    for seed in 1..30 {
+        for at in operations - 30..=operations {
+            for survival in [Survival::Writes, Survival::Sectors] {
+                replayable(&format!("seed {seed}, power lost at operation {at} of {operations}, {survival:?}"), || {
+                    run_script(&setup, seed, Some(at), survival);
+                });
+            }
+        }
+    }
+}
+
 /// Histories drawn from one seed each, with several losses of power.
 fn random_history(seed: u64) -> (u64, u64) {
     let mut rng = SimRng(seed);
