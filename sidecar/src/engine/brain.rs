@@ -158,6 +158,8 @@ pub struct Brain {
     limits: Limits,
     /// How large the target's images are, bytes; empty while it is out of reach.
     peer_capacities: Vec<u64>,
+    /// How large our disks could be when the last link was given up to say so; empty: it never was.
+    said_capacities: Vec<u64>,
     /// What was set while running, by this worker or those before it.
     settings: Settings,
     next_report: Instant,
@@ -209,6 +211,7 @@ impl Brain {
             exit: None,
             limits,
             peer_capacities: Vec::new(),
+            said_capacities: Vec::new(),
             next_report: Instant::now(),
             next_beat: Instant::now(),
             reconnects: 0,

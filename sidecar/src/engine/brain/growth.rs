@@ -95,8 +95,9 @@ impl Brain {
         if wanted == self.recorded_sizes() {
             return self.conditions.clear("DiskGrowth");
         }
-        if self.told_capacities() != wanted {
-            // Said anew by a new Hello.
+        if self.said_capacities != wanted {
+            // Said anew by a new Hello. The present one may hold them already and still not have been sent.
+            self.said_capacities.clone_from(&wanted);
             self.refresh_hello();
             return self.hang_up();
         }
@@ -126,12 +127,6 @@ impl Brain {
     fn growth_waits(&mut self, reason: &str, text: &str, next_step: &str) {
         let text = format!("{text}; the VM keeps the size that it has");
         self.conditions.set("DiskGrowth", reason, &text, next_step);
-    }
-
-    /// What the dialer says of our disks.
-    fn told_capacities(&self) -> Vec<u64> {
-        let hello = self.parts.hello.lock().unwrap_or_else(PoisonError::into_inner);
-        hello.disks.iter().map(|d| d.capacity_bytes).collect()
     }
 
     fn record_sizes(&mut self, sizes: &[u64]) {
