@@ -68,6 +68,7 @@ impl Stage {
         };
         let client = pair.a.client.clone();
         definitions::install(&client).await?;
+        kubevirt_standin::crds::apply(&client).await?;
         let name = format!("watari-admission-{test}-{}", std::process::id());
         let namespaces: Api<Namespace> = Api::all(client.clone());
         namespaces
