@@ -148,10 +148,8 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
                     continue;
                 }
             };
-            for entry in index.entries.iter().filter(|entry| !entry.zero) {
-                if let Err(error) = index.data(&self.meta, entry) {
-                    findings.push(finding(error)?);
-                }
+            for error in index.damage(&self.meta) {
+                findings.push(finding(error)?);
             }
         }
         Ok(findings)

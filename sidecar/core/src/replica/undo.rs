@@ -84,6 +84,11 @@ impl UndoIndex {
         self.entries[from..].iter().take_while(move |entry| entry.disk == disk && entry.start < end)
     }
 
+    /// Read all data and answer what is wrong with it.
+    pub fn damage<'a, M: Storage>(&'a self, meta: &'a M) -> impl Iterator<Item = ReplicaError> + 'a {
+        self.entries.iter().filter(|entry| !entry.zero).filter_map(|entry| self.data(meta, entry).err())
+    }
+
     /// Read one entry's data and check it.
     pub fn data<M: Storage>(&self, meta: &M, entry: &UndoEntry) -> Result<Vec<u8>, ReplicaError> {
         assert!(!entry.zero, "a zero entry has no data");
@@ -324,17 +329,11 @@ fn read_trailer<M: Storage>(meta: &M, name: &str, file_bytes: u64) -> Result<Opt
 
 /// Whether an undo file's index and all its data are what was written: a file that was not synced may have any of its parts.
 pub(crate) fn is_whole<M: Storage>(meta: &M, info: &UndoInfo) -> Result<bool, ReplicaError> {
-    let corrupt_is_no = |error| if matches!(error, ReplicaError::Corrupt { .. }) { Ok(false) } else { Err(error) };
-    let index = match read_index(meta, info) {
-        Ok(index) => index,
-        Err(error) => return corrupt_is_no(error),
-    };
-    for entry in index.entries.iter().filter(|entry| !entry.zero) {
-        if let Err(error) = index.data(meta, entry) {
-            return corrupt_is_no(error);
-        }
+    match read_index(meta, info).and_then(|index| index.damage(meta).next().map_or(Ok(()), Err)) {
+        Ok(()) => Ok(true),
+        Err(ReplicaError::Corrupt { .. }) => Ok(false),
+        Err(error) => Err(error),
     }
-    Ok(true)
 }
 
 /// Read and check the whole index of a complete undo file.
