@@ -59,6 +59,8 @@ pub mod annotation {
     pub const HOOK_SIDECARS: &str = "hooks.kubevirt.io/hookSidecars";
     /// KubeVirt's own: a Pod that only binds WaitForFirstConsumer claims; a sidecar in it ends at once.
     pub const EPHEMERAL_PROVISIONING: &str = "kubevirt.io/ephemeral-provisioning";
+    /// KubeVirt's own, on a VMI: it waits to receive a migration (`pkg/virt-controller/watch/vm/vm.go`).
+    pub const CREATE_MIGRATION_TARGET: &str = "kubevirt.io/create-migration-target";
     /// KubeVirt's own, on a VM: the run strategy that a receiver takes when the guest has come.
     pub const RESTORE_RUN_STRATEGY: &str = "kubevirt.io/restore-run-strategy";
 }

@@ -32,6 +32,11 @@ where
     Ok(())
 }
 
+/// For a merge patch of ours: of an object that must not be made of our fields alone.
+pub fn merging() -> PatchParams {
+    PatchParams { field_manager: Some(names::FIELD_MANAGER.to_owned()), ..PatchParams::default() }
+}
+
 /// Puts our finalizer on `object`, or takes it off; the others of the list stay.
 pub async fn set_finalizer<K>(api: &Api<K>, object: &K, finalizer: &str, wanted: bool) -> kube::Result<()>
 where

@@ -16,6 +16,7 @@ use watari_crds::names::{self, label};
 use crate::apply::apply;
 use crate::authority;
 use crate::context::Context;
+use crate::kubevirt;
 
 /// Between two cards. A card older than [`CARD_AGE_MAX_SECONDS`] counts as silence.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -38,25 +39,18 @@ pub async fn observe(context: &Context) -> Result<SiteCard, authority::Error> {
         kubernetes_version: context.client.apiserver_version().await?.git_version,
         authorities: bundle.joined_with(&crate::pki::bundle::Bundle::default(), Timestamp::now()),
         gateway: context.settings.gateway.clone(),
-        kubevirt: kubevirt(context).await?,
+        kubevirt: kubevirt::installation(client()).await?.map(kubevirt_card),
         storage_classes: classes.iter().map(|class| (class.name_any(), default(class))).collect(),
         nodes: nodes.iter().map(ResourceExt::name_any).collect(),
         written_unix_seconds: Timestamp::now().as_second(),
     })
 }
 
-/// `None`: KubeVirt's definitions are not installed, or there is no KubeVirt object.
-async fn kubevirt(context: &Context) -> kube::Result<Option<KubeVirtCard>> {
-    let listed = Api::<KubeVirt>::all(context.client.clone()).list(&ListParams::default()).await;
-    let found = match listed {
-        Ok(list) => list.items.into_iter().next(),
-        Err(kube::Error::Api(status)) if status.code == 404 => None,
-        Err(error) => return Err(error),
-    };
-    Ok(found.map(|object| KubeVirtCard {
+fn kubevirt_card(object: KubeVirt) -> KubeVirtCard {
+    KubeVirtCard {
         version: object.status.unwrap_or_default().observed_kube_virt_version,
         feature_gates: object.spec.configuration.developer_configuration.feature_gates,
-    }))
+    }
 }
 
 /// Writes the card again and again; an error is logged and tried again.

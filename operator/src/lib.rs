@@ -10,12 +10,14 @@
 //!   routes       the gateway's routes, from the pairs' Services
 //! ```
 
+pub mod answers;
 pub mod apply;
 pub mod authority;
 pub mod card;
 pub mod configuration;
 pub mod context;
 pub mod kubectl;
+pub mod kubevirt;
 pub mod objects;
 pub mod pair;
 pub mod peer;

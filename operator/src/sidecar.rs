@@ -67,41 +67,40 @@ impl Sidecar {
     }
 
     pub async fn report(&mut self) -> Result<Report, Error> {
-        let mut request = tonic::Request::new(StatusRequest {});
-        request.set_timeout(PATIENCE);
-        let reply = self.control.status(request).await?.into_inner();
+        let reply = self.control.status(timed(StatusRequest {})).await?.into_inner();
         Ok(serde_json::from_str(&reply.report_json)?)
     }
 
     /// Changes what may change while it runs; absent fields stay.
     pub async fn configure(&mut self, settings: ConfigureRequest) -> Result<(), Error> {
-        let mut request = tonic::Request::new(settings);
-        request.set_timeout(PATIENCE);
-        self.control.configure(request).await?;
+        self.control.configure(timed(settings)).await?;
         Ok(())
     }
 
     /// At the source: from now on only the VMI with this UID may connect, and what remains is sent without pause. The same UID
     /// again is the same handover.
     pub async fn open_handover(&mut self, vmi_uid: &str) -> Result<(), Error> {
-        let mut request = tonic::Request::new(OpenHandoverRequest { vmi_uid: vmi_uid.to_owned() });
-        request.set_timeout(PATIENCE);
-        agreed(self.control.open_handover(request).await?.into_inner())
+        agreed(
+            self.control.open_handover(timed(OpenHandoverRequest { vmi_uid: vmi_uid.to_owned() })).await?.into_inner(),
+        )
     }
 
     /// At the target: asks the source for the right to write.
     pub async fn acquire(&mut self) -> Result<(), Error> {
-        let mut request = tonic::Request::new(AcquireRequest {});
-        request.set_timeout(PATIENCE);
-        agreed(self.control.acquire(request).await?.into_inner())
+        agreed(self.control.acquire(timed(AcquireRequest {})).await?.into_inner())
     }
 
     /// At the target: gives the handover up for good, so that the source goes on.
     pub async fn void(&mut self) -> Result<(), Error> {
-        let mut request = tonic::Request::new(VoidRequest {});
-        request.set_timeout(PATIENCE);
-        agreed(self.control.void(request).await?.into_inner())
+        agreed(self.control.void(timed(VoidRequest {})).await?.into_inner())
     }
+}
+
+/// A call that is given up after a while.
+fn timed<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(PATIENCE);
+    request
 }
 
 fn agreed(reply: IntentReply) -> Result<(), Error> {

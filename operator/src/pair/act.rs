@@ -15,7 +15,8 @@ use watari_wire::control::ConfigureRequest;
 use super::decide::{Furniture, Holding, Step};
 use super::observe::Seen;
 use super::{Error, pair_id, target_namespace};
-use crate::apply::{apply, set_finalizer};
+use crate::answers::gone_is_fine;
+use crate::apply::{apply, merging, set_finalizer};
 use crate::authority;
 use crate::configuration::{Disk, Sidecar as Configuration};
 use crate::context::Context;
@@ -141,11 +142,7 @@ async fn wire(context: &Context, namespace: &str, pair: &SyncPair, wiring: Optio
         "labels": { label::PAIR: id },
         "annotations": { annotation::WIRING: wiring.map(Wiring::to_annotation) },
     } } } });
-    let parameters = PatchParams { field_manager: Some(names::FIELD_MANAGER.to_owned()), ..PatchParams::default() };
-    match api.patch(&pair.spec.vm_name, &parameters, &Patch::Merge(patch)).await {
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        other => other.map(drop),
-    }
+    gone_is_fine(api.patch(&pair.spec.vm_name, &merging(), &Patch::Merge(patch)).await)
 }
 
 async fn apply_replica(pair: &SyncPair, peer: Option<&Client>, spec: &SyncReplicaSpec) -> Result<(), Error> {
@@ -167,10 +164,7 @@ async fn apply_replica(pair: &SyncPair, peer: Option<&Client>, spec: &SyncReplic
 async fn delete_replica(pair: &SyncPair, peer: Option<&Client>) -> kube::Result<()> {
     let Some(client) = peer else { return Ok(()) };
     let api: Api<SyncReplica> = Api::namespaced(client.clone(), &target_namespace(pair));
-    match api.delete(&pair.name_any(), &DeleteParams::default()).await {
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        other => other.map(drop),
-    }
+    gone_is_fine(api.delete(&pair.name_any(), &DeleteParams::default()).await)
 }
 
 /// Settings that the running sidecar takes up without a restart. Repeating them changes nothing.

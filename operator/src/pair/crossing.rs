@@ -230,7 +230,7 @@ fn begin(pair: &SyncPair, seen: &Seen, before: &SyncPairStatus, course: &mut Cou
         course.held_up = Some((Reason::AtMoveDiffers, text));
         return;
     }
-    if let Some(why) = hindrance(seen, before, to).or_else(|| not_due(pair, seen, before, to)) {
+    if let Some(why) = hindrance(seen, before, to).or_else(|| not_due(pair, seen, to)) {
         course.held_up = Some((Reason::Moving, why));
         return;
     }
@@ -314,7 +314,7 @@ fn not_in_order(report: &Report) -> Option<String> {
 }
 
 /// The policy says to wait.
-fn not_due(pair: &SyncPair, seen: &Seen, before: &SyncPairStatus, to: Site) -> Option<String> {
+fn not_due(pair: &SyncPair, seen: &Seen, to: Site) -> Option<String> {
     let cutover = &pair.spec.cutover;
     match cutover.policy {
         CutoverPolicy::Manual => None,
@@ -323,7 +323,7 @@ fn not_due(pair: &SyncPair, seen: &Seen, before: &SyncPairStatus, to: Site) -> O
             (seen.now < at).then(|| format!("The move begins at {at}."))
         }
         CutoverPolicy::WhenReady => {
-            let (bytes, seconds) = left(seen, before, to)?;
+            let (bytes, seconds) = left(seen, to)?;
             let max = cutover.max_bytes.as_deref().and_then(|text| quantity::parse(text).ok());
             if let Some(max) = max.filter(|max| u128::try_from(bytes).unwrap_or_default() > u128::from(*max)) {
                 return Some(format!("{bytes} bytes are left to send; the move begins at {max}."));
@@ -339,13 +339,9 @@ fn not_due(pair: &SyncPair, seen: &Seen, before: &SyncPairStatus, to: Site) -> O
 }
 
 /// What a move has to send: disk content in bytes, and disks and memory in seconds.
-fn left(seen: &Seen, before: &SyncPairStatus, to: Site) -> Option<(i64, Option<i64>)> {
+fn left(seen: &Seen, to: Site) -> Option<(i64, Option<i64>)> {
     match to {
-        Site::Peer => {
-            let report = seen.side.report.as_ref()?;
-            let bytes = i64::try_from(report.generations.lag_bytes).unwrap_or(i64::MAX);
-            Some((bytes, before.predicted_cutover.as_ref().map(|it| it.transfer_seconds)))
-        }
+        Site::Peer => Some(side::remains(seen.side.report.as_ref()?, seen.side.memory())),
         Site::Source => {
             let status = replica(seen)?.status.as_ref()?;
             Some((status.lag_bytes?, status.transfer_seconds))
@@ -361,7 +357,7 @@ pub fn definition(seen: &Seen, active: Site) -> Option<serde_json::Value> {
         Site::Source => {
             let mut fresh = travelling(seen.side.vm.as_ref()?);
             // While it waits or has just left, its strategy says nothing of what a person wants.
-            if matches!(manifest::run_strategy(&fresh), manifest::RECEIVER) {
+            if manifest::run_strategy(&fresh) == manifest::RECEIVER {
                 return sent;
             }
             if let Some(sent) = sent.filter(|_| seen.side.role().is_some_and(|role| !accepts_writes(role))) {

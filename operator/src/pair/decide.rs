@@ -164,7 +164,7 @@ fn hold(
         (None, true) => Some(Step::MakeHolder(Box::new(holding))),
         (Some(pod), true) if !pod.deleting => {
             let other = pod.made_from != holding.holder(pair, site).made_from();
-            (other || matches!(pod.phase.as_str(), "Failed" | "Succeeded")).then_some(Step::EndHolder)
+            (other || pod.has_ended()).then_some(Step::EndHolder)
         }
         (Some(pod), false) if !pod.deleting => Some(Step::EndHolder),
         (None, false) | (Some(_), _) => None,

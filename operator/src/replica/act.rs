@@ -8,6 +8,7 @@ use watari_crds::replica::SyncReplica;
 use watari_crds::wiring::VolumeMode;
 
 use super::{Error, api, decide::Step, pod};
+use crate::answers::gone_is_fine;
 use crate::apply::{apply, set_finalizer};
 use crate::authority;
 use crate::context::Context;
@@ -78,7 +79,7 @@ async fn delete_claim(client: Client, namespace: &str, replica: &SyncReplica, na
     let preconditions = made.map(|uid| Preconditions { uid: Some(uid), resource_version: None });
     let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
     let api: Api<PersistentVolumeClaim> = Api::namespaced(client, namespace);
-    gone_is_fine(api.delete(name, &parameters).await.map(drop))
+    gone_is_fine(api.delete(name, &parameters).await)
 }
 
 /// Secret, ConfigMap and Service of a pair at this site.
@@ -96,12 +97,5 @@ where
         + std::fmt::Debug
         + serde::de::DeserializeOwned,
 {
-    gone_is_fine(Api::<K>::namespaced(client, namespace).delete(name, &DeleteParams::default()).await.map(drop))
-}
-
-fn gone_is_fine(result: kube::Result<()>) -> kube::Result<()> {
-    match result {
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        other => other,
-    }
+    gone_is_fine(Api::<K>::namespaced(client, namespace).delete(name, &DeleteParams::default()).await)
 }

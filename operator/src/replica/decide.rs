@@ -93,7 +93,7 @@ fn keep(replica: &SyncReplica, seen: &Seen, mut known: BTreeMap<String, String>)
             steps.push(Step::DeletePod);
             preparing("The replica's Pod gives way to the VM's.".to_owned())
         }
-        Some(pod) if matches!(pod.phase.as_str(), "Failed" | "Succeeded") || pod.made_from != made_from(replica) => {
+        Some(pod) if pod.has_ended() || pod.made_from != made_from(replica) => {
             steps.push(Step::DeletePod);
             preparing("The replica's Pod is being replaced.".to_owned())
         }
@@ -117,7 +117,7 @@ fn beside_the_vm(seen: &Seen) -> Decision {
     match seen.side.role() {
         Some(role) if accepts_writes(role) => {
             let text = "The VM is active here.".to_owned();
-            said([(Kind::Ready, true), (Kind::Reconciling, false), (Kind::Stalled, false)], Reason::AsAsked, text)
+            ready(text)
         }
         Some(_) => preparing("The VM's Pod is here and holds the replica.".to_owned()),
         None => {
@@ -130,7 +130,7 @@ fn beside_the_vm(seen: &Seen) -> Decision {
 fn listening(seen: &Seen) -> Decision {
     if seen.side.role().is_some_and(accepts_writes) {
         let text = "The VM is active here, and does not run.".to_owned();
-        return said([(Kind::Ready, true), (Kind::Reconciling, false), (Kind::Stalled, false)], Reason::AsAsked, text);
+        return ready(text);
     }
     let committed =
         seen.side.report.as_ref().and_then(|report| report.replica.as_ref()).map(|it| it.committed.as_str());
@@ -138,7 +138,7 @@ fn listening(seen: &Seen) -> Decision {
         Some(generation) => format!("Generation {generation} is whole here."),
         None => "It listens; no generation is whole yet.".to_owned(),
     };
-    said([(Kind::Ready, true), (Kind::Reconciling, false), (Kind::Stalled, false)], Reason::AsAsked, text)
+    ready(text)
 }
 
 fn lost(name: &str, known: BTreeMap<String, String>) -> Decision {
@@ -179,6 +179,10 @@ fn remove(replica: &SyncReplica, seen: &Seen, known: BTreeMap<String, String>) -
 fn said(kinds: [(Kind, bool); 3], reason: Reason, text: String) -> Decision {
     let findings = kinds.map(|(kind, holds)| Finding::new(kind, holds, reason, text.clone()));
     Decision { findings: findings.to_vec(), ..Decision::default() }
+}
+
+fn ready(text: String) -> Decision {
+    said([(Kind::Ready, true), (Kind::Reconciling, false), (Kind::Stalled, false)], Reason::AsAsked, text)
 }
 
 fn stalled(reason: Reason, text: String) -> Decision {

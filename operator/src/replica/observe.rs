@@ -41,6 +41,12 @@ pub struct PodSeen {
     pub waiting: Option<String>,
 }
 
+impl PodSeen {
+    pub fn has_ended(&self) -> bool {
+        matches!(self.phase.as_str(), "Failed" | "Succeeded")
+    }
+}
+
 /// Names of all claims of a replica: its disks in order, then the metadata claim.
 pub fn claim_names(replica: &SyncReplica) -> Vec<String> {
     let disks = replica.spec.disks.iter().map(|disk| disk.claim.clone());

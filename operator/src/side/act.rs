@@ -1,15 +1,16 @@
 //! Does one step at a time; each can be repeated.
 
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
-use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
-use kube::{Api, ResourceExt};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::Api;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PostParams};
 use serde_json::{Value, json};
 use watari_crds::kubevirt::{VirtualMachine, VirtualMachineInstanceMigration};
 use watari_crds::names::{self, annotation, label};
 
 use super::observe::Side;
 use super::{Step, trust};
-use crate::apply::apply;
+use crate::answers::{gone_is_fine, there_is_fine};
+use crate::apply::{apply, merging};
 use crate::context::Context;
 use crate::sidecar::{self, Sidecar};
 
@@ -53,7 +54,7 @@ pub async fn act(context: &Context, whose: Whose<'_>, seen: &Side, step: &Step) 
                 "metadata": { "annotations": { annotation::RESTORE_RUN_STRATEGY: restore } },
                 "spec": { "runStrategy": strategy },
             });
-            vms(context, whose).patch(whose.vm, &manager(), &Patch::Merge(patch)).await?;
+            vms(context, whose).patch(whose.vm, &merging(), &Patch::Merge(patch)).await?;
         }
         Step::Receive { id, node } => {
             let selector = node.as_ref().map(|node| json!({ HOSTNAME: node }));
@@ -68,15 +69,11 @@ pub async fn act(context: &Context, whose: Whose<'_>, seen: &Side, step: &Step) 
             let api: Api<VirtualMachineInstanceMigration> = Api::namespaced(client(), whose.namespace);
             gone_is_fine(api.delete(id, &DeleteParams::default()).await)?;
         }
-        Step::OpenHandover { vmi_uid } => holder(context, whose).await?.open_handover(vmi_uid).await?,
-        Step::Acquire => holder(context, whose).await?.acquire().await?,
-        Step::Void => holder(context, whose).await?.void().await?,
+        Step::OpenHandover { vmi_uid } => holder(context, whose, seen).await?.open_handover(vmi_uid).await?,
+        Step::Acquire => holder(context, whose, seen).await?.acquire().await?,
+        Step::Void => holder(context, whose, seen).await?.void().await?,
     }
     Ok(())
-}
-
-fn manager() -> PatchParams {
-    PatchParams { field_manager: Some(names::FIELD_MANAGER.to_owned()), ..PatchParams::default() }
 }
 
 fn vms(context: &Context, whose: Whose<'_>) -> Api<DynamicObject> {
@@ -101,38 +98,9 @@ async fn migrate(context: &Context, whose: Whose<'_>, id: &str, spec: Value) -> 
     make(&api, &object).await
 }
 
-/// The sidecar that has the folder: of the Pods that may, the first that answers.
-async fn holder(context: &Context, whose: Whose<'_>) -> Result<Sidecar, Error> {
-    let pods: Api<Pod> = Api::namespaced(context.client.clone(), whose.namespace);
-    let list = pods.list(&ListParams::default().labels(&format!("{}={}", label::PAIR, whose.pair_id))).await?;
-    let mut failure = sidecar::Error::Silent { address: "no Pod".to_owned(), why: "none is there".to_owned() };
-    for pod in &list {
-        let status = pod.status.as_ref();
-        if status.and_then(|it| it.phase.as_deref()).is_none_or(|phase| phase == "Succeeded" || phase == "Failed") {
-            continue;
-        }
-        let Some(ip) = status.and_then(|it| it.pod_ip.as_ref()) else { continue };
-        match Sidecar::connect(context, whose.namespace, whose.pair_id, ip).await {
-            Ok(sidecar) => return Ok(sidecar),
-            Err(error) => {
-                tracing::debug!(pod = pod.name_any(), %error, "does not answer");
-                failure = error;
-            }
-        }
-    }
-    Err(failure.into())
-}
-
-fn gone_is_fine<T>(result: kube::Result<T>) -> kube::Result<()> {
-    match result {
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        other => other.map(drop),
-    }
-}
-
-fn there_is_fine<T>(result: kube::Result<T>) -> kube::Result<()> {
-    match result {
-        Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(()),
-        other => other.map(drop),
-    }
+/// The sidecar that has the folder: that of the Pod that reported.
+async fn holder(context: &Context, whose: Whose<'_>, seen: &Side) -> Result<Sidecar, Error> {
+    let nobody = || sidecar::Error::Silent { address: "no Pod".to_owned(), why: "none reported".to_owned() };
+    let ip = seen.ip.as_ref().ok_or_else(nobody)?;
+    Ok(Sidecar::connect(context, whose.namespace, whose.pair_id, ip).await?)
 }

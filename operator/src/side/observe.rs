@@ -5,21 +5,21 @@ use kube::api::{ApiResource, DynamicObject, ListParams};
 use kube::{Api, Client, ResourceExt};
 use serde_json::Value;
 use watari_crds::crossing::MigrationEnd;
-use watari_crds::kubevirt::{KubeVirt, VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration};
-use watari_crds::names::{label, path, role};
+use watari_crds::kubevirt::{VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration};
+use watari_crds::names::{annotation, label, path, role};
 use watari_crds::quantity;
 use watari_wire::report::Report;
 
 use super::trust;
+use crate::answers::none_if_missing;
 use crate::context::Context;
+use crate::kubevirt::installation;
 use crate::sidecar::Sidecar;
 
 /// KubeVirt's label of the Pod that runs QEMU.
 const VIRT_LAUNCHER: &str = "kubevirt.io=virt-launcher";
 /// Its annotation with the VMI's name (`pkg/virt-controller/services/template.go`).
 const DOMAIN: &str = "kubevirt.io/domain";
-/// KubeVirt's mark of a VMI that waits to receive a migration (`pkg/virt-controller/watch/vm/vm.go`).
-const RECEIVER: &str = "kubevirt.io/create-migration-target";
 
 /// All that a decision about this side needs.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,7 +36,8 @@ pub struct Side {
     pub report: Option<Report>,
     /// Why there is no report although such a Pod runs.
     pub silence: Option<String>,
-    /// Node of the Pod that reports.
+    /// Address and node of the Pod that reports.
+    pub ip: Option<String>,
     pub node: Option<String>,
     /// A claim of the pair can be used on one node only.
     pub one_node: bool,
@@ -138,7 +139,7 @@ fn vmi_seen(vmi: &VirtualMachineInstance) -> VmiSeen {
     VmiSeen {
         uid: vmi.uid().unwrap_or_default(),
         phase: status.phase,
-        receiver: vmi.annotations().get(RECEIVER).is_some_and(|value| value == "true"),
+        receiver: vmi.annotations().get(annotation::CREATE_MIGRATION_TARGET).is_some_and(|value| value == "true"),
         failure: status.migration_state.filter(|state| state.failed).map(|it| it.failure_reason).unwrap_or_default(),
     }
 }
@@ -192,6 +193,7 @@ async fn ask(context: &Context, namespace: &str, pair_id: &str, side: &mut Side)
         let ask = async { Sidecar::connect(context, namespace, pair_id, ip).await?.report().await };
         match ask.await {
             Ok(report) => {
+                side.ip = Some(ip.clone());
                 side.node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
                 side.report = Some(report);
                 side.silence = None;
@@ -204,21 +206,11 @@ async fn ask(context: &Context, namespace: &str, pair_id: &str, side: &mut Side)
 }
 
 async fn kubevirt(client: Client) -> kube::Result<Option<KubeVirtSeen>> {
-    let list = none_if_missing(Api::<KubeVirt>::all(client.clone()).list(&ListParams::default()).await)?;
-    let Some(found) = list.and_then(|list| list.items.into_iter().next()) else { return Ok(None) };
+    let Some(found) = installation(client.clone()).await? else { return Ok(None) };
     let namespace = found.namespace().unwrap_or_default();
     let maps: Api<ConfigMap> = Api::namespaced(client, &namespace);
     let map = maps.get_opt(trust::BUNDLE).await?;
     let authorities = map.and_then(|map| map.data?.remove(trust::KEY)).unwrap_or_default();
     let address = found.status.unwrap_or_default().synchronization_addresses.into_iter().next().unwrap_or_default();
     Ok(Some(KubeVirtSeen { namespace, end: MigrationEnd { address, authorities } }))
-}
-
-/// Also where the kind itself is not installed.
-pub fn none_if_missing<T>(result: kube::Result<T>) -> kube::Result<Option<T>> {
-    match result {
-        Ok(found) => Ok(Some(found)),
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
-        Err(error) => Err(error),
-    }
 }

@@ -94,7 +94,7 @@ fn begin(attempt: &Crossing, other: &MigrationEnd, receiver: &Receiver, seen: &S
         let step = Step::OpenHandover { vmi_uid: vmi.uid.clone() };
         return Progress::new(Stage::Converging, "Opening the handover.", vec![step]);
     }
-    match remains(report) {
+    match too_much_left(report) {
         Some(text) => Progress::waits(Stage::Converging, text),
         None => {
             let step = Step::Send { id: attempt.id.clone(), connect };
@@ -105,7 +105,7 @@ fn begin(attempt: &Crossing, other: &MigrationEnd, receiver: &Receiver, seen: &S
 
 /// A stopped VM writes nothing: its handover is opened when little is left, and the receiver takes the rest.
 fn offer(attempt: &Crossing, report: &Report) -> Progress {
-    match (report.role.as_str(), remains(report)) {
+    match (report.role.as_str(), too_much_left(report)) {
         ("Converging", _) => Progress::waits(Stage::Ready, "The stopped VM's disks are offered to the other site."),
         (_, Some(text)) => Progress::waits(Stage::Converging, text),
         (_, None) => {
@@ -116,7 +116,7 @@ fn offer(attempt: &Crossing, report: &Report) -> Progress {
 }
 
 /// What must be sent before, in words; `None`: little enough remains.
-fn remains(report: &Report) -> Option<String> {
+fn too_much_left(report: &Report) -> Option<String> {
     let bytes = report.generations.lag_bytes;
     let seconds = bytes as f64 / report.link.rate_bytes_per_second.max(1.0);
     let little = bytes <= REMAINDER_SMALL || seconds <= REMAINDER_SECONDS_MAX;

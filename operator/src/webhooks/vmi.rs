@@ -11,8 +11,6 @@ use super::{Refusal, array, named, placement::Placements, put_named, settings::S
 /// Volume and disk that are added where KubeVirt would find no disk to copy: a live migration without one is refused by libvirt
 /// ("NBD URI must be supplied when migration URI uses UNIX transport method"). The same at both sites.
 const LOCAL_DISK: &str = "watari-local";
-/// KubeVirt's mark of a VMI that waits to receive a migration (`pkg/virt-controller/watch/vm`, `vm.go:1303`).
-const CREATE_MIGRATION_TARGET: &str = "kubevirt.io/create-migration-target";
 
 /// Wires a VMI of a paired VM. Repeating it changes nothing more.
 pub fn wire(vmi: &mut Value, settings: &SidecarSettings) -> Result<(), Refusal> {
@@ -35,7 +33,7 @@ pub fn wire(vmi: &mut Value, settings: &SidecarSettings) -> Result<(), Refusal> 
 /// Refuses a VMI whose pair is active elsewhere. What is not known is allowed: the sidecar asks its peer.
 pub fn judge(vmi: &Value, placements: &Placements) -> Result<(), Refusal> {
     let wiring = wiring_of(vmi)?;
-    let receiver = vmi["metadata"]["annotations"][CREATE_MIGRATION_TARGET] == "true";
+    let receiver = vmi["metadata"]["annotations"][annotation::CREATE_MIGRATION_TARGET] == "true";
     match placements.of(&wiring.pair_id) {
         Some(placement) => Ok(placement.admits(receiver)?),
         None => Ok(()),

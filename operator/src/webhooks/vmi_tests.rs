@@ -131,7 +131,7 @@ fn a_vm_starts_only_where_its_pair_is_active_and_may_wait_for_a_migration_elsewh
     let judged = |receiver: bool| {
         let mut vmi = vmi();
         if receiver {
-            vmi["metadata"]["annotations"][CREATE_MIGRATION_TARGET] = json!("true");
+            vmi["metadata"]["annotations"][annotation::CREATE_MIGRATION_TARGET] = json!("true");
         }
         judge(&vmi, &placements).map_err(|error| error.to_string())
     };

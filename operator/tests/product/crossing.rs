@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::Api;
-use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kubevirt_standin::guest::Guest;
 use kubevirt_standin::install;
 use serde_json::{Value, json};
@@ -15,7 +15,6 @@ use watari_clusters::handle::{Cluster, Ours};
 use watari_clusters::keeper;
 use watari_clusters::provision::LOCAL_CLASS;
 use watari_crds::crossing::Site;
-use watari_crds::kubevirt::VirtualMachine;
 use watari_crds::pair::{Phase, SyncPair, SyncPairStatus};
 use watari_crds::replica::SyncReplica;
 use watari_e2e::build;
@@ -51,11 +50,6 @@ struct Play {
 }
 
 impl Play {
-    fn vms(&self, cluster: &Cluster) -> Api<DynamicObject> {
-        let resource = ApiResource::erase::<VirtualMachine>(&());
-        Api::namespaced_with(cluster.client.clone(), &self.scene.namespace, &resource)
-    }
-
     fn pairs(&self) -> Api<SyncPair> {
         self.scene.api(&self.scene.pair.a.client)
     }
@@ -99,7 +93,7 @@ impl Play {
         ensure!(back.moves == 2 && back.active_site == Site::Source, "{back:?}");
         self.guest(a).await?.is_clean()?;
         until("the VM that was made at the peer to be gone", async || {
-            Ok(self.vms(b).get_opt("shop").await?.is_none().then_some(()))
+            Ok(self.scene.vms(&b.client).get_opt("shop").await?.is_none().then_some(()))
         })
         .await
     }
@@ -126,7 +120,7 @@ impl Play {
                 },
             } },
         });
-        self.vms(a).create(&PostParams::default(), &serde_json::from_value(vm)?).await?;
+        self.scene.vms(&a.client).create(&PostParams::default(), &serde_json::from_value(vm)?).await?;
         self.until_printable(a, "Running").await
     }
 
@@ -148,7 +142,7 @@ impl Play {
     async fn restart(&self, cluster: &Cluster) -> anyhow::Result<()> {
         for (strategy, printable) in [("Halted", "Stopped"), ("Always", "Running")] {
             let patch = Patch::Merge(json!({ "spec": { "runStrategy": strategy } }));
-            self.vms(cluster).patch("shop", &PatchParams::default(), &patch).await?;
+            self.scene.vms(&cluster.client).patch("shop", &PatchParams::default(), &patch).await?;
             self.until_printable(cluster, printable).await?;
         }
         Ok(())
@@ -156,7 +150,7 @@ impl Play {
 
     async fn until_printable(&self, cluster: &Cluster, wanted: &str) -> anyhow::Result<()> {
         until(&format!("the VM to be {wanted}"), async || {
-            let vm = self.vms(cluster).get("shop").await?;
+            let vm = self.scene.vms(&cluster.client).get("shop").await?;
             Ok((vm.data["status"]["printableStatus"] == wanted).then_some(()))
         })
         .await
@@ -228,7 +222,7 @@ impl Play {
     /// The VM goes, then the pair; of a test that failed also what would hold its namespace.
     async fn clean(&self) -> anyhow::Result<()> {
         for cluster in self.scene.pair.both() {
-            self.vms(cluster).delete_collection(&DeleteParams::default(), &ListParams::default()).await?;
+            self.scene.vms(&cluster.client).delete_collection(&DeleteParams::default(), &ListParams::default()).await?;
         }
         let replicas: Api<SyncReplica> = self.scene.api(&self.scene.pair.b.client);
         if self.pairs().get_opt("shop").await?.is_some() {
@@ -263,7 +257,14 @@ impl Play {
                 let phase = pod.status.and_then(|status| status.phase).unwrap_or_default();
                 eprintln!("{} {name} {phase}\n{text}", cluster.name);
             }
-            for vm in self.vms(cluster).list(&ListParams::default()).await.map(|list| list.items).unwrap_or_default() {
+            for vm in self
+                .scene
+                .vms(&cluster.client)
+                .list(&ListParams::default())
+                .await
+                .map(|list| list.items)
+                .unwrap_or_default()
+            {
                 eprintln!("{} VM {}", cluster.name, serde_json::to_string(&vm.data).unwrap_or_default());
             }
         }

@@ -102,7 +102,7 @@ async fn play(scene: &Scene) -> anyhow::Result<()> {
 /// The API server asks the operators: a start of the VM is wired at home and refused at the peer.
 async fn wired(scene: &Scene) -> anyhow::Result<()> {
     let (a, b) = (&scene.pair.a.client, &scene.pair.b.client);
-    let template = vms(scene, a).get("shop").await?.data["spec"]["template"].clone();
+    let template = scene.vms(a).get("shop").await?.data["spec"]["template"].clone();
     let mut vmi = json!({
         "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
         "metadata": template["metadata"], "spec": template["spec"],
@@ -126,11 +126,6 @@ async fn wired(scene: &Scene) -> anyhow::Result<()> {
     .await
 }
 
-/// VirtualMachines as people write them, with fields that our view does not know.
-fn vms(scene: &Scene, client: &Client) -> Api<DynamicObject> {
-    Api::namespaced_with(client.clone(), &scene.namespace, &ApiResource::erase::<VirtualMachine>(&()))
-}
-
 /// A VM that does not run, with one disk on a claim that is bound at once.
 async fn vm(scene: &Scene) -> anyhow::Result<()> {
     let a = &scene.pair.a.client;
@@ -150,7 +145,7 @@ async fn vm(scene: &Scene) -> anyhow::Result<()> {
             "volumes": [{ "name": "root", "persistentVolumeClaim": { "claimName": "shop-root" } }],
         } } },
     });
-    vms(scene, a).create(&PostParams::default(), &serde_json::from_value(vm)?).await?;
+    scene.vms(a).create(&PostParams::default(), &serde_json::from_value(vm)?).await?;
     Ok(())
 }
 

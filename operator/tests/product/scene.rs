@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration};
 use k8s_openapi::api::core::v1::{Namespace, Secret};
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -18,6 +18,7 @@ use watari_clusters::handle::{Ours, Pair};
 use watari_clusters::images::SIDECAR_IMAGE;
 use watari_clusters::plan::ClusterPlan;
 use watari_clusters::{network, node};
+use watari_crds::kubevirt::VirtualMachine;
 use watari_crds::names::{self, label};
 use watari_crds::peer::PeerCluster;
 use watari_operator::webhooks::objects::{Endpoint, configurations};
@@ -87,12 +88,11 @@ impl Scene {
         }
         let folder = tempfile::tempdir()?;
         let mut scene = Scene { pair, system, namespace, operators: Vec::new(), folder, _alone: alone };
-        let (a, b) = (scene.pair.a.client.clone(), scene.pair.b.client.clone());
-        for (client, cluster, site) in [(a, ours.a(), "tokyo"), (b, ours.b(), "osaka")] {
-            let handle = if site == "tokyo" { &scene.pair.a } else { &scene.pair.b };
+        let handles = [scene.pair.a.clone(), scene.pair.b.clone()];
+        for (handle, (cluster, site)) in handles.iter().zip([(ours.a(), "tokyo"), (ours.b(), "osaka")]) {
             let gateway = gateways::start(handle, &scene.system).await?;
             let port = free_port(cluster)?;
-            scene.ask(&client, port).await?;
+            scene.ask(&handle.client, port).await?;
             scene.start(&ours, cluster, site, port, &gateway)?;
         }
         scene.introduce(&ours).await?;
@@ -179,6 +179,11 @@ impl Scene {
         K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()> + DeserializeOwned,
     {
         Api::namespaced(client.clone(), &self.namespace)
+    }
+
+    /// VirtualMachines as people write them, with fields that our view does not know.
+    pub fn vms(&self, client: &Client) -> Api<DynamicObject> {
+        Api::namespaced_with(client.clone(), &self.namespace, &ApiResource::erase::<VirtualMachine>(&()))
     }
 
     /// Ends the operators and removes everything that was made.
