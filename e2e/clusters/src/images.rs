@@ -22,6 +22,8 @@ pub const PAUSE_IMAGE: &str = "watari.internal/pause:1";
 pub const BUSYBOX_IMAGE: &str = "watari.internal/busybox:1";
 /// The sidecar as it is in the work tree.
 pub const SIDECAR_IMAGE: &str = "watari.internal/watari-sidecar:dev";
+/// The operator as it is in the work tree.
+pub const OPERATOR_IMAGE: &str = "watari.internal/watari-operator:dev";
 /// Debian's static busybox (package busybox-static).
 pub const BUSYBOX: &str = "/bin/busybox";
 /// The target that `make static` uses; it keeps the flags away from build scripts.
@@ -164,6 +166,31 @@ pub fn ensure_sidecar(folders: &Folders) -> Result<(), Error> {
     let image = Image { name: SIDECAR_IMAGE, config: json!({ "Entrypoint": ["/watari-sidecar"] }) };
     pack(folders, "watari-sidecar", &[&scratch.0], &[image])?;
     Ok(())
+}
+
+/// Packs a built operator (`program`) with the libraries that it is linked with, which are a layer of their own. What tests run is thus
+/// what cargo built for them; linking it statically would build the Kubernetes client a second time.
+pub fn ensure_operator(folders: &Folders, program: &Path) -> Result<(), Error> {
+    let (libraries, own) =
+        (Scratch::create(folders, "operator-libraries")?, Scratch::create(folders, "operator-tree")?);
+    for library in linked_with(program)? {
+        let copy = libraries.0.join(library.strip_prefix("/").unwrap_or(&library));
+        let folder = copy.parent().unwrap_or(&libraries.0);
+        std::fs::create_dir_all(folder).map_err(folders::at(folder))?;
+        std::fs::copy(&library, &copy).map_err(folders::at(&library))?;
+    }
+    // Debugging it takes the unstripped one.
+    tool(Command::new("strip").arg("-o").arg(own.0.join("watari-operator")).arg(program))?;
+    let image = Image { name: OPERATOR_IMAGE, config: json!({ "Entrypoint": ["/watari-operator"] }) };
+    pack(folders, "watari-operator", &[&libraries.0, &own.0], &[image])?;
+    Ok(())
+}
+
+/// Every file that the loader maps for `program`, the loader itself among them.
+fn linked_with(program: &Path) -> Result<Vec<PathBuf>, Error> {
+    let printed = tool(Command::new("ldd").arg(program))?;
+    let paths = printed.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
+    Ok(paths.map(PathBuf::from).collect())
 }
 
 /// Gives every archive of ours to every node. Answers how many imports there were.

@@ -35,19 +35,23 @@ impl Guest {
         Ok(guest)
     }
 
+    /// Bytes that its writers have written so far.
+    pub fn written(&mut self) -> anyhow::Result<u64> {
+        let stats = tokio::task::block_in_place(|| self.control.stats())?;
+        Ok(stats.streams.iter().map(|stream| stream.bytes).sum())
+    }
+
     /// Waits until its writers have written so much.
     pub fn has_written(&mut self, bytes: u64) -> anyhow::Result<()> {
-        tokio::task::block_in_place(|| {
-            let begin = Instant::now();
-            loop {
-                let written: u64 = self.control.stats()?.streams.iter().map(|stream| stream.bytes).sum();
-                if written >= bytes {
-                    return Ok(());
-                }
-                ensure!(begin.elapsed() < PATIENCE, "the guest has written {written} bytes of {bytes}");
-                std::thread::sleep(Duration::from_millis(200));
+        let begin = Instant::now();
+        loop {
+            let written = self.written()?;
+            if written >= bytes {
+                return Ok(());
             }
-        })
+            ensure!(begin.elapsed() < PATIENCE, "the guest has written {written} bytes of {bytes}");
+            tokio::task::block_in_place(|| std::thread::sleep(Duration::from_millis(200)));
+        }
     }
 
     /// What the launcher last gave to libvirt.

@@ -36,6 +36,8 @@ pub enum Command {
     Check(Check),
     /// Move a VM to the other site, and follow it; interrupting this does not stop the move.
     Cutover(Cutover),
+    /// Let two sites use each other, from two contexts of a kubeconfig; repeating it changes nothing that is right.
+    Connect(Connect),
     /// Print a completion script; kubectl looks for it as `kubectl_complete-watari`.
     Completion { shell: Shell },
 }
@@ -96,6 +98,39 @@ impl From<To> for Site {
             To::Peer => Site::Peer,
         }
     }
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "What it makes, at each site: a ServiceAccount watari-peer-SITE with its token, Roles for the site card and for SyncReplicas \
+                  in the namespaces named (the chart's value `peers` makes the same), a Secret watari-kubeconfig-SITE and the PeerCluster SITE."
+)]
+pub struct Connect {
+    /// The context of the peer, in the same kubeconfig or in that of --peer-kubeconfig.
+    pub peer: String,
+    /// The kubeconfig with the peer's context.
+    #[arg(long, value_name = "FILE")]
+    pub peer_kubeconfig: Option<PathBuf>,
+    /// Namespaces whose VMs may be paired, the same at both sites: in these each site may hold the other's replicas.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', required = true)]
+    pub namespaces: Vec<String>,
+    /// Namespace of Watari's operator here.
+    #[arg(long, value_name = "NAME", default_value = "watari-system")]
+    pub operator_namespace: String,
+    /// Namespace of Watari's operator at the peer.
+    #[arg(long, value_name = "NAME", default_value = "watari-system")]
+    pub peer_operator_namespace: String,
+    /// URL of this cluster's API server as the peer's Pods reach it. Default: that of the context.
+    #[arg(long, value_name = "URL")]
+    pub server: Option<String>,
+    /// URL of the peer's API server as this cluster's Pods reach it. Default: that of its context.
+    #[arg(long, value_name = "URL")]
+    pub peer_server: Option<String>,
+    /// How long to wait until both sites have found each other usable, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    pub timeout_seconds: u64,
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
 }
 
 #[derive(Args, Debug)]

@@ -3,10 +3,11 @@
 //! It reads and changes the same objects as everybody else, with the caller's kubeconfig and rights; it has no door of its own. What
 //! it prints is made by functions without a client ([`status`], [`check`]); this module asks and prints.
 //!
-//! Not here yet: `connect`, `failover`.
+//! Not here yet: `failover`.
 
 pub mod check;
 pub mod cli;
+pub mod connect;
 pub mod cutover;
 pub mod status;
 pub mod table;
@@ -34,6 +35,8 @@ pub enum Error {
     Api { what: String, source: kube::Error, hint: &'static str },
     #[error("no {what} named {name}{place}; `kubectl get {plural} -A` lists those there are")]
     NotFound { what: &'static str, plural: &'static str, name: String, place: String },
+    #[error("{0}")]
+    Connect(#[from] connect::Error),
     #[error("cannot print: {0}")]
     Print(#[from] std::io::Error),
     #[error("cannot print JSON: {0}")]
@@ -64,6 +67,7 @@ pub async fn run(cli: &Cli, out: &mut impl Write) -> Result<Outcome, Error> {
             let namespace = cutover.namespace.as_deref().unwrap_or(&namespace);
             cutover::run(&Api::namespaced(client, namespace), cutover, out).await
         }
+        Command::Connect(asked) => connect::run(cli, asked, out).await,
         Command::Check(check) => print_check(&connect(cli).await?.0, check, out).await,
         Command::Completion { shell } => {
             cli::completion(*shell, out);

@@ -36,7 +36,7 @@ async fn a_running_vm_is_moved_to_the_peer_by_its_sync_pair_and_comes_back_as_a_
     let play = Play { scene, ours };
     let result = play.crossing().await;
     if result.is_err() {
-        eprintln!("{}", play.scene.logs());
+        eprintln!("{}", play.scene.logs().await);
         play.collect().await;
     }
     let cleaned = play.clean().await;
@@ -44,8 +44,8 @@ async fn a_running_vm_is_moved_to_the_peer_by_its_sync_pair_and_comes_back_as_a_
     result.and(cleaned)
 }
 
-struct Play {
-    scene: Scene,
+pub struct Play {
+    pub scene: Scene,
     ours: Ours,
 }
 
@@ -95,7 +95,12 @@ impl Play {
         until("the VM that was made at the peer to be gone", async || {
             Ok(self.scene.vms(&b.client).get_opt("shop").await?.is_none().then_some(()))
         })
-        .await
+        .await?;
+        let mut guest = self.guest(a).await?;
+        guest.resume()?;
+        drop(guest);
+        self.until_protected("the peer to be the replica again").await?;
+        self.outlives_the_chart().await
     }
 
     /// A VM with one disk, and a guest that fills it.
@@ -156,7 +161,7 @@ impl Play {
         .await
     }
 
-    async fn status(&self) -> anyhow::Result<SyncPairStatus> {
+    pub async fn status(&self) -> anyhow::Result<SyncPairStatus> {
         Ok(self.pairs().get("shop").await?.status.unwrap_or_default())
     }
 
@@ -176,7 +181,10 @@ impl Play {
         let (begin, before) = (Instant::now(), self.bytes()?);
         if to == "Peer" {
             // As a person on a bad day.
-            self.kubectl_watari(&["cutover", "shop"]).await?;
+            eprintln!(
+                "{}",
+                self.scene.sites[0].kubectl_watari(&["cutover", "shop", "-n", &self.scene.namespace]).await?
+            );
         } else {
             self.change(json!({ "activeSite": to, "atMove": at_move })).await?;
         }
@@ -194,16 +202,6 @@ impl Play {
         Ok((status, bytes))
     }
 
-    async fn kubectl_watari(&self, arguments: &[&str]) -> anyhow::Result<()> {
-        let kubeconfig = self.ours.folders.kubeconfig(self.ours.a());
-        let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_kubectl-watari"));
-        command.args(["--kubeconfig"]).arg(kubeconfig).args(arguments).args(["-n", &self.scene.namespace]);
-        let output = command.kill_on_drop(true).output().await?;
-        eprintln!("{}", String::from_utf8_lossy(&output.stdout));
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Ok(())
-    }
-
     /// Bytes that have crossed the line, both ways.
     fn bytes(&self) -> anyhow::Result<u64> {
         let stats = keeper::link(&self.ours.folders, self.ours.a(), self.ours.b(), "stats")?;
@@ -212,11 +210,8 @@ impl Play {
         Ok(way("a_to_b")? + way("b_to_a")?)
     }
 
-    async fn guest(&self, cluster: &Cluster) -> anyhow::Result<Guest> {
-        let pods: Api<Pod> = self.scene.api(&cluster.client);
-        let list = pods.list(&ListParams::default().labels("kubevirt.io=virt-launcher")).await?;
-        let running = |pod: &&Pod| pod.status.as_ref().and_then(|it| it.phase.as_deref()) == Some("Running");
-        Guest::of(&self.ours, list.iter().find(running).context("a VM that runs has a Pod")?)
+    pub async fn guest(&self, cluster: &Cluster) -> anyhow::Result<Guest> {
+        Guest::of(&self.ours, &self.running_pod(cluster).await?)
     }
 
     /// The VM goes, then the pair; of a test that failed also what would hold its namespace.

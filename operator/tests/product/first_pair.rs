@@ -22,7 +22,7 @@ async fn a_sync_pair_becomes_a_replica_that_listens_and_leaves_nothing_when_it_i
     let Some(scene) = Scene::begin("first").await? else { return Ok(()) };
     let result = play(&scene).await;
     if result.is_err() {
-        eprintln!("{}", scene.logs());
+        eprintln!("{}", scene.logs().await);
     }
     scene.end().await?;
     result

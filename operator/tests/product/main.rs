@@ -5,5 +5,6 @@ mod crossing;
 #[path = "../support/definitions.rs"]
 mod definitions;
 mod first_pair;
-mod gateways;
+mod installed;
+mod lifecycle;
 mod scene;
