@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help tools setup build static test unit fmt lint deny demo soak bench clusters clusters-down e2e fuzz
+.PHONY: help tools setup build static images test unit fmt lint deny demo soak bench clusters clusters-down e2e fuzz
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 ARGS ?=
@@ -27,8 +27,11 @@ setup: ## install the Debian packages that tests, demo and build need (as root; 
 build: tools ## build everything
 	cargo build --workspace
 
-static: tools ## build the one static binary that the image holds
+static: tools ## build the sidecar as one static binary
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --target x86_64-unknown-linux-gnu -p watari-sidecar
+
+images: tools ## build both images as archives in target/images, for `docker load -i` or `skopeo copy docker-archive:…` (minutes)
+	cargo run -q -p watari-clusters -- pack $(abspath $(TARGET_DIR))/images
 
 test: setup tools ## run every test (as root: whole-system tests make namespaces and boot guests)
 	@mkdir -p $(TARGET_DIR)

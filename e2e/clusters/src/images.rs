@@ -63,12 +63,12 @@ fn sha256(path: &Path) -> Result<String, Error> {
     Ok(output.split_whitespace().next().unwrap_or_default().to_owned())
 }
 
-/// A scratch folder below `images/`, removed with the value.
+/// A scratch folder, removed with the value.
 struct Scratch(PathBuf);
 
 impl Scratch {
-    fn create(folders: &Folders, label: &str) -> Result<Scratch, Error> {
-        let path = folders.images().join(format!(".{label}-{}", std::process::id()));
+    fn create(folder: &Path, label: &str) -> Result<Scratch, Error> {
+        let path = folder.join(format!(".{label}-{}", std::process::id()));
         std::fs::create_dir_all(&path).map_err(folders::at(&path))?;
         Ok(Scratch(path))
     }
@@ -80,10 +80,10 @@ impl Drop for Scratch {
     }
 }
 
-/// Packs the trees `layers`, lowest first, as an image under each of the given names into `images/NAME.tar`. A node unpacks only the
-/// layers that it does not have.
-pub fn pack(folders: &Folders, name: &str, layers: &[&Path], images: &[Image]) -> Result<PathBuf, Error> {
-    let scratch = Scratch::create(folders, name)?;
+/// Packs the trees `layers`, lowest first, as an image under each of the given names into `NAME.tar` in `folder`. A node unpacks
+/// only the layers that it does not have.
+pub fn pack(folder: &Path, name: &str, layers: &[&Path], images: &[Image]) -> Result<PathBuf, Error> {
+    let scratch = Scratch::create(folder, name)?;
     let tar = |to: &Path, from: &Path, what: &[String]| {
         let mut command = Command::new("tar");
         command.args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mtime=@0", "-cf"]);
@@ -112,7 +112,7 @@ pub fn pack(folders: &Folders, name: &str, layers: &[&Path], images: &[Image]) -
     }
     folders::write(&scratch.0.join("manifest.json"), Value::from(manifest).to_string().as_bytes())?;
     files.push("manifest.json".to_owned());
-    let (fresh, archive) = (scratch.0.join("archive"), folders.images().join(format!("{name}.tar")));
+    let (fresh, archive) = (scratch.0.join("archive"), folder.join(format!("{name}.tar")));
     tar(&fresh, &scratch.0, &files)?;
     // Untouched if it is the same: nodes go by its date.
     if std::fs::read(&archive).ok() != Some(std::fs::read(&fresh).map_err(folders::at(&fresh))?) {
@@ -126,7 +126,7 @@ pub fn ensure_base(folders: &Folders) -> Result<(), Error> {
     if folders.images().join("base.tar").exists() {
         return Ok(());
     }
-    let scratch = Scratch::create(folders, "base-tree")?;
+    let scratch = Scratch::create(&folders.images(), "base-tree")?;
     let make = |name: &str| {
         let path = scratch.0.join(name);
         std::fs::create_dir_all(&path).map_err(folders::at(&path))?;
@@ -147,32 +147,47 @@ pub fn ensure_base(folders: &Folders) -> Result<(), Error> {
         Image { name: PAUSE_IMAGE, config: json!({ "Entrypoint": ["/bin/sleep", "2147483647"], "Env": path }) },
         Image { name: BUSYBOX_IMAGE, config: json!({ "Entrypoint": ["/bin/sh"], "Env": path }) },
     ];
-    pack(folders, "base", &[&scratch.0], &images)?;
+    pack(&folders.images(), "base", &[&scratch.0], &images)?;
     Ok(())
 }
 
 /// Builds the sidecar as one static program and packs it, alone, into an image.
 pub fn ensure_sidecar(folders: &Folders) -> Result<(), Error> {
     let profile = std::env::var("WATARI_E2E_PROFILE").unwrap_or_else(|_| "dev".into());
+    pack_static(&folders.images(), "watari-sidecar", &profile, SIDECAR_IMAGE).map(drop)
+}
+
+/// Both images as users get them, static and in release, under the names of the chart's values. Answers their archives.
+pub fn release(folder: &Path) -> Result<[PathBuf; 2], Error> {
+    std::fs::create_dir_all(folder).map_err(folders::at(folder))?;
+    let pack = |program: &str| {
+        pack_static(folder, program, "release", &format!("watari/{program}:{}", env!("CARGO_PKG_VERSION")))
+    };
+    Ok([pack("watari-sidecar")?, pack("watari-operator")?])
+}
+
+/// Builds `program` (of the package of the same name) as one static file, which is all that the image holds.
+fn pack_static(folder: &Path, program: &str, profile: &str, image: &str) -> Result<PathBuf, Error> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(["build", "--quiet", "-p", "watari-sidecar", "--target", TARGET, "--profile", &profile]);
-    // As the guest's program is built, so that the two share what they are made of.
+    command.args(["build", "--quiet", "-p", program, "--bin", program, "--target", TARGET, "--profile", profile]);
+    // As the guest's program is built, so that they share what they are made of.
     command.env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols").current_dir(build::workspace());
     tool(&mut command)?;
-    let folder = if profile == "dev" { "debug" } else { &profile };
-    let program = build::target_folder().join(TARGET).join(folder).join("watari-sidecar");
-    let scratch = Scratch::create(folders, "sidecar-tree")?;
-    std::fs::copy(&program, scratch.0.join("watari-sidecar")).map_err(folders::at(&program))?;
-    let image = Image { name: SIDECAR_IMAGE, config: json!({ "Entrypoint": ["/watari-sidecar"] }) };
-    pack(folders, "watari-sidecar", &[&scratch.0], &[image])?;
-    Ok(())
+    let built =
+        build::target_folder().join(TARGET).join(if profile == "dev" { "debug" } else { profile }).join(program);
+    let scratch = Scratch::create(folder, &format!("{program}-tree"))?;
+    std::fs::copy(&built, scratch.0.join(program)).map_err(folders::at(&built))?;
+    let image = Image { name: image, config: json!({ "Entrypoint": [format!("/{program}")] }) };
+    pack(folder, program, &[&scratch.0], &[image])
 }
 
 /// Packs a built operator (`program`) with the libraries that it is linked with, which are a layer of their own. What tests run is thus
 /// what cargo built for them; linking it statically would build the Kubernetes client a second time.
 pub fn ensure_operator(folders: &Folders, program: &Path) -> Result<(), Error> {
-    let (libraries, own) =
-        (Scratch::create(folders, "operator-libraries")?, Scratch::create(folders, "operator-tree")?);
+    let (libraries, own) = (
+        Scratch::create(&folders.images(), "operator-libraries")?,
+        Scratch::create(&folders.images(), "operator-tree")?,
+    );
     for library in linked_with(program)? {
         let copy = libraries.0.join(library.strip_prefix("/").unwrap_or(&library));
         let folder = copy.parent().unwrap_or(&libraries.0);
@@ -182,7 +197,7 @@ pub fn ensure_operator(folders: &Folders, program: &Path) -> Result<(), Error> {
     // Debugging it takes the unstripped one.
     tool(Command::new("strip").arg("-o").arg(own.0.join("watari-operator")).arg(program))?;
     let image = Image { name: OPERATOR_IMAGE, config: json!({ "Entrypoint": ["/watari-operator"] }) };
-    pack(folders, "watari-operator", &[&libraries.0, &own.0], &[image])?;
+    pack(&folders.images(), "watari-operator", &[&libraries.0, &own.0], &[image])?;
     Ok(())
 }
 

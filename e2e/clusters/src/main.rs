@@ -1,13 +1,14 @@
 //! `watari-clusters`: brings the clusters up and down, and lets one look into them.
 
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use watari_clusters::folders::Folders;
 use watari_clusters::plan::Plan;
-use watari_clusters::{down, keeper, kubevirt, node, programs, up};
+use watari_clusters::{down, images, keeper, kubevirt, node, programs, up};
 
 #[derive(Parser)]
 #[command(about = "Real Kubernetes clusters on this machine, with an emulated WAN between them")]
@@ -34,6 +35,8 @@ enum What {
     Build,
     /// Pack the sidecar of the work tree into an image and give it to the nodes.
     Images,
+    /// Build the product's two images (release, static, `docker save` format) into a folder, for a registry.
+    Pack { folder: PathBuf },
     /// Which nodes run, and how the links behave.
     Status,
     /// kubectl as the administrator of a cluster: `kubectl a get pods -A`.
@@ -121,6 +124,12 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         What::Down { clusters } => down::some(&folders, &clusters)?,
         What::Build => println!("{}", programs::ensure(&folders)?.display()),
         What::Images => eprintln!("{} imports", up::refresh_images(&folders, &plan()?)?),
+        What::Pack { folder } => {
+            for archive in images::release(&folder)? {
+                let mib = archive.metadata()?.len() as f64 / f64::from(1 << 20);
+                println!("{} ({mib:.1} MiB)", archive.display());
+            }
+        }
         What::Status => status(&folders, &plan()?)?,
         What::Kubectl { cluster, arguments } => client(&folders, &plan()?, "kubectl", &cluster, &arguments)?,
         What::Helm { cluster, arguments } => client(&folders, &plan()?, "helm", &cluster, &arguments)?,

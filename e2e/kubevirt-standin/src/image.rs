@@ -96,7 +96,7 @@ pub fn ensure(folders: &Folders, program: &Path) -> anyhow::Result<PathBuf> {
     std::fs::create_dir_all(&own)?;
     let result = fill(&own, program).and_then(|()| {
         let image = Image { name: LAUNCHER_IMAGE, config: json!({ "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"] }) };
-        Ok(images::pack(folders, "kubevirt-standin-launcher", &[&base, &own], &[image])?)
+        Ok(images::pack(&folders.images(), "kubevirt-standin-launcher", &[&base, &own], &[image])?)
     });
     std::fs::remove_dir_all(&own)?;
     result
