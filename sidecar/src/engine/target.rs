@@ -84,6 +84,11 @@ impl Target {
         self.store.lock().manifest().newest.map(|m| m.generation).unwrap_or_default()
     }
 
+    /// When the newest was committed here, seconds since 1970; 0: none is.
+    pub fn committed_at_seconds(&self) -> u64 {
+        self.store.lock().manifest().newest.map(|m| m.committed_at_seconds).unwrap_or_default()
+    }
+
     pub fn applied(&self) -> Generation {
         self.store.lock().manifest().applied.map(|m| m.generation).unwrap_or_default()
     }

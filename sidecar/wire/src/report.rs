@@ -91,6 +91,8 @@ pub struct GenerationsReport {
 #[serde(rename_all = "camelCase", default)]
 pub struct ReplicaReport {
     pub committed: String,
+    /// When that generation was committed, by this site's clock; 0: none is.
+    pub committed_unix_millis: u64,
     pub applied: String,
     pub kept: Vec<String>,
     pub journal_bytes: u64,

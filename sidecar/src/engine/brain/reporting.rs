@@ -174,6 +174,7 @@ impl Brain {
         let store = target.store.lock().report();
         Some(ReplicaReport {
             committed: name(target.committed()),
+            committed_unix_millis: target.committed_at_seconds().saturating_mul(1000),
             applied: name(target.applied()),
             kept: target.store.lock().kept().iter().map(|m| name(m.generation)).collect(),
             journal_bytes: store.journal_bytes,
