@@ -47,8 +47,11 @@ pub enum Kind {
     RestartRequired,
     /// SyncPair: the running VM's sidecar says something that a person should know.
     Attention,
-    /// SyncPair: the VM is not where `activeSite` wants it, and nothing moves because `atMove` is not `status.moves`.
+    /// SyncPair: the VM is not where `activeSite` wants it, and nothing moves because `atMove` is not `status.moves`. SyncReplica: the same of
+    /// `promote`.
     SiteDiffers,
+    /// SyncPair: after a failover the home holds writes that the peer never had.
+    Diverged,
 }
 
 /// Why a condition is as it is.
@@ -108,6 +111,10 @@ pub enum Reason {
     ActiveElsewhere,
     /// `activeSite` was written when the VM had another history: `atMove` is not `status.moves`.
     AtMoveDiffers,
+    /// `promote` was written when the VM had another history: `promote.atMove` is not `status.moves`.
+    PromoteDiffers,
+    /// The home went on alone while the peer was promoted; its disks are kept until a person lets them be overwritten.
+    WroteAlone,
 }
 
 impl Kind {
@@ -120,6 +127,7 @@ impl Kind {
             Kind::RestartRequired => "RestartRequired",
             Kind::Attention => "Attention",
             Kind::SiteDiffers => "SiteDiffers",
+            Kind::Diverged => "Diverged",
         }
     }
 }
@@ -174,6 +182,12 @@ impl Reason {
             }
             Reason::AtMoveDiffers => {
                 "To move the VM set `spec.atMove` to `status.moves` (or run `kubectl watari cutover`); to leave it, set `spec.activeSite` to `status.activeSite`."
+            }
+            Reason::PromoteDiffers => {
+                "Look where the VM runs; if it must go on here, run `kubectl watari failover`, which writes the right `promote.atMove`."
+            }
+            Reason::WroteAlone => {
+                "Copy what you need (docs/a-disaster.md), then set `spec.overwriteDiverged.atMove` to `status.moves`: the home becomes the replica."
             }
         }
     }

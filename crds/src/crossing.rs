@@ -37,6 +37,10 @@ pub struct Crossing {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 262))]
     pub connect: Option<String>,
+    /// The count of moves when it began. At another count it is over: a failover happened meanwhile.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub at_move: i64,
     /// The VM does not run: its disks are handed over without KubeVirt.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stopped: bool,

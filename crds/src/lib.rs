@@ -15,6 +15,7 @@
 pub mod card;
 pub mod conditions;
 pub mod crossing;
+pub mod failover;
 pub mod generate;
 pub mod kubevirt;
 pub mod names;

@@ -1,6 +1,6 @@
 //! SyncPair: one VM here, kept at a peer. It lives in the VM's namespace and stays at the VM's home.
 //!
-//! What it cannot ask for yet (promotion, filesystem-consistent cuts) has no field; `operator/README.md` lists it.
+//! What it cannot ask for yet (filesystem-consistent cuts) has no field; `operator/README.md` lists it.
 
 use kube::core::Duration;
 use kube::{CustomResource, KubeSchema};
@@ -115,6 +115,18 @@ pub struct SyncPairSpec {
     /// When a wished move begins.
     #[serde(default, skip_serializing_if = "Cutover::is_default")]
     pub cutover: Cutover,
+    /// After a failover: what this site wrote alone may be overwritten, so that it becomes the replica. It stays a kept generation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overwrite_diverged: Option<OverwriteDiverged>,
+}
+
+/// Consent to overwriting what the home wrote alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OverwriteDiverged {
+    /// `status.moves` at the time of writing. While it differs from it, nothing is overwritten.
+    #[schemars(range(min = 0))]
+    pub at_move: i64,
 }
 
 /// When a wished move begins.
@@ -264,6 +276,9 @@ pub struct SyncPairStatus {
     /// Where the VM is active, as the sidecars' epochs say.
     #[serde(default)]
     pub active_site: Site,
+    /// The counter of the epoch at which it is active there; a side that serves at a lower one has been replaced.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<i64>,
     /// How often it has changed its site.
     #[serde(default)]
     pub moves: i64,
@@ -314,6 +329,9 @@ pub struct Moved {
     pub seconds: Option<i64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub predicted_seconds: Option<i64>,
+    /// It was a failover: a person promoted the peer without the home.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub failover: bool,
 }
 
 /// Where a pair stands, in one word.
@@ -336,6 +354,8 @@ pub enum Phase {
     Stopped,
     /// The VM is on its way to the other site.
     Moving,
+    /// The VM is active at the peer after a failover, and the home wrote alone; a person must decide.
+    Diverged,
     /// It is being taken apart.
     Deleting,
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::conditions::Condition;
 use crate::crossing::{Crossing, CrossingStatus, MigrationEnd};
+use crate::failover::{FailoverStatus, Promote};
 use crate::pair::Retention;
 use crate::wiring::VolumeMode;
 
@@ -28,6 +29,19 @@ use crate::wiring::VolumeMode;
     type_ = "string",
     description = "The newest generation that is whole here.",
     json_path = ".status.committed"
+))]
+#[kube(printcolumn(
+    name = "Role",
+    type_ = "string",
+    description = "Serving: the VM is active here.",
+    json_path = ".status.role"
+))]
+#[kube(printcolumn(
+    name = "Moves",
+    type_ = "integer",
+    description = "What promote.atMove must be.",
+    json_path = ".status.moves",
+    priority = 1
 ))]
 #[kube(printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"))]
 #[serde(rename_all = "camelCase")]
@@ -86,6 +100,20 @@ pub struct SyncReplicaSpec {
     /// The move that is under way.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub crossing: Option<Crossing>,
+    /// How often the VM has changed its site, as the home counts.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub moves: i64,
+    /// A failover: this side shall go on without the home. The one field that is written here and not by the home.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub promote: Option<Promote>,
+}
+
+impl SyncReplicaSpec {
+    /// Without what is not the home's.
+    pub fn of_the_home(&self) -> SyncReplicaSpec {
+        SyncReplicaSpec { promote: None, ..self.clone() }
+    }
 }
 
 /// An object whose fields are KubeVirt's business.
@@ -170,6 +198,13 @@ pub struct SyncReplicaStatus {
     /// "epoch.number" of the newest whole generation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub committed: Option<String>,
+    /// Since when it is whole here. What would be lost is what was written since it was cut, shortly before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
+    pub committed_time: Option<jiff::Timestamp>,
+    /// The home's sidecar is connected to the one here.
+    #[serde(default)]
+    pub home_answers: bool,
     /// Generations from which the VM could boot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kept: Vec<String>,
@@ -191,4 +226,10 @@ pub struct SyncReplicaStatus {
     /// How far this side is with the move that `spec.crossing` names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub crossing: Option<CrossingStatus>,
+    /// How often the VM has changed its site, as far as this side knows.
+    #[serde(default)]
+    pub moves: i64,
+    /// The failover that `spec.promote` asked for, or the last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failover: Option<FailoverStatus>,
 }

@@ -7,7 +7,9 @@ pub mod crossing;
 pub mod decide;
 pub mod disks;
 pub mod observe;
+pub mod readiness;
 pub mod report;
+pub mod say;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -6,6 +6,7 @@
 pub mod act;
 pub mod crossing;
 pub mod decide;
+pub mod failover;
 pub mod observe;
 pub mod pod;
 
@@ -75,15 +76,21 @@ async fn reconcile(replica: Arc<SyncReplica>, context: Arc<Context>) -> Result<A
         set_finalizer(&api(&context, &replica), &replica, finalizer::REPLICA, false).await?;
         return Ok(Action::await_change());
     }
-    let mut progress = crossing::decide(&replica, &context.settings.site, &seen.side);
+    let site = &context.settings.site;
+    let mut failover = failover::decide(&replica, site, Timestamp::now(), &seen.side);
+    let crossing = || crossing::decide(&replica, site, failover.moves, &seen.side);
+    let mut progress = failover.progress.clone().unwrap_or_else(crossing);
     let failure = cross(&context, &replica, &seen, &progress).await.err();
     if let Some(error) = &failure {
         progress.message = format!("{} Trying again: {error}.", progress.message);
+        if let (Some(record), Some(_)) = (&mut failover.record, &failover.progress) {
+            record.message = progress.message.clone();
+        }
     }
-    report(&context, &replica, &seen, &decision, &progress).await?;
+    report(&context, &replica, &seen, &decision, &progress, &failover).await?;
     match failure {
         Some(error) => Err(error.into()),
-        None if replica.spec.crossing.is_some() => Ok(Action::requeue(CROSSING)),
+        None if replica.spec.crossing.is_some() || failover.progress.is_some() => Ok(Action::requeue(CROSSING)),
         None => Ok(Action::requeue(if decision.is_settled() { PERIOD } else { RETRY })),
     }
 }
@@ -114,6 +121,7 @@ async fn report(
     seen: &observe::Seen,
     decision: &decide::Decision,
     progress: &Progress,
+    failover: &failover::Course,
 ) -> kube::Result<()> {
     let before = replica.status.clone().unwrap_or_default();
     let generation = replica.metadata.generation.unwrap_or_default();
@@ -122,20 +130,29 @@ async fn report(
     let filled = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     let left = side.report.as_ref().filter(|report| side::accepts_writes(&report.role));
     let left = left.map(|report| side::remains(report, side.memory()));
+    let committed_time = sidecar.and_then(|it| i64::try_from(it.committed_unix_millis).ok()).filter(|it| *it > 0);
+    let mut findings = decision.findings.clone();
+    findings.push(failover.site_differs());
     let status = SyncReplicaStatus {
         observed_generation: generation,
-        conditions: merged(&before.conditions, &decision.findings, generation, Timestamp::now()),
+        conditions: merged(&before.conditions, &findings, generation, Timestamp::now()),
         claims: decision.claims.clone(),
         role: side.role().map(str::to_owned).or(before.role.clone()),
         epoch: side.report.as_ref().and_then(|report| i64::try_from(report.epoch).ok()).or(before.epoch),
         committed: sidecar.and_then(|it| filled(&it.committed)).or(before.committed.clone()),
+        committed_time: committed_time
+            .and_then(|millis| Timestamp::from_millisecond(millis).ok())
+            .or(before.committed_time),
+        home_answers: side.report.as_ref().is_some_and(|report| report.link.connected),
         kept: sidecar.map_or_else(|| before.kept.clone(), |it| it.kept.clone()),
         node: seen.pod.as_ref().and_then(|pod| pod.node.clone()),
         running: side.launcher.is_some(),
         lag_bytes: left.map(|(bytes, _)| bytes),
         transfer_seconds: left.and_then(|(_, seconds)| seconds),
         migration: side.kubevirt.as_ref().map(|kubevirt| kubevirt.end.clone()),
-        crossing: crossing::status(&replica.spec, side, progress),
+        crossing: crossing::status(&replica.spec, failover.moves, side, progress),
+        moves: failover.moves,
+        failover: failover.record.clone(),
     };
     if status != before {
         apply_status(&api(context, replica), "SyncReplica", &replica.name_any(), &status).await?;

@@ -4,12 +4,14 @@
 //!   receive   the VM comes here: made to wait as a receiver, migrated into, given the right to write     pure
 //!   send      the VM leaves: the handover opened, what remains sent, KubeVirt told to migrate            pure
 //!   rest      no crossing: nothing of one is left                                                        pure
+//!   fail_over the VM boots here from the replica: what a crossing left cleared, promoted, started          pure
 //! ```
 //! The home's SyncPair controller and the peer's SyncReplica controller both use it, each for its own cluster. Where the VM runs is
 //! read from the role that the sidecar with the pair's folder reports, never from KubeVirt's phases: these say only when to ask for the right
 //! to write (succeeded) and when to give it up for good (failed, and QEMU is gone here).
 
 pub mod act;
+pub mod fail_over;
 pub mod manifest;
 pub mod observe;
 pub mod receive;
@@ -51,6 +53,12 @@ pub enum Step {
     },
     Acquire,
     Void,
+    /// A failover to a kept generation, by its number, or to the newest: then the source is asked for the rest first.
+    Promote {
+        generation: Option<u64>,
+    },
+    /// What this fenced side wrote alone may be overwritten.
+    AcceptDivergence,
 }
 
 /// What a side does now, and how far it is.

@@ -17,7 +17,8 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use watari_crds::names::{self, port};
 use watari_wire::control::control_client::ControlClient;
 use watari_wire::control::{
-    AcquireRequest, ConfigureRequest, IntentReply, OpenHandoverRequest, StatusRequest, VoidRequest,
+    AcceptDivergenceRequest, AcquireRequest, ConfigureRequest, IntentReply, OpenHandoverRequest, PromoteRequest,
+    StatusRequest, VoidRequest,
 };
 use watari_wire::report::Report;
 
@@ -27,6 +28,8 @@ use crate::pki::secret::{CA, CERTIFICATE, Data, KEY};
 
 /// A sidecar is in this cluster; connecting, the handshake and a call each take a moment or are given up.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// A promotion first waits for the source to seal and send what remains, for up to 20 s, then applies what is in the journal.
+const PROMOTION_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why there is no answer. All are worth another try later.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +96,20 @@ impl Sidecar {
     /// At the target: gives the handover up for good, so that the source goes on.
     pub async fn void(&mut self) -> Result<(), Error> {
         agreed(self.control.void(timed(VoidRequest {})).await?.into_inner())
+    }
+
+    /// At a replica: takes the right to write, from the generation with this number or the newest. Answers what it lost, in words.
+    pub async fn promote(&mut self, generation: Option<u64>) -> Result<String, Error> {
+        let mut request = tonic::Request::new(PromoteRequest { generation: generation.unwrap_or(0) });
+        request.set_timeout(PROMOTION_PATIENCE);
+        let reply = self.control.promote(request).await?.into_inner();
+        let text = reply.text.clone();
+        agreed(reply).map(|()| text)
+    }
+
+    /// At a fenced side: what it wrote alone may be overwritten, and it becomes the replica.
+    pub async fn accept_divergence(&mut self) -> Result<(), Error> {
+        agreed(self.control.accept_divergence(timed(AcceptDivergenceRequest {})).await?.into_inner())
     }
 }
 

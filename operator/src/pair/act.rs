@@ -155,7 +155,7 @@ async fn apply_replica(pair: &SyncPair, peer: Option<&Client>, spec: &SyncReplic
     });
     let parameters = PatchParams::apply(names::FIELD_MANAGER_FROM_HOME).force();
     let stored = api.patch(&pair.name_any(), &parameters, &Patch::Apply(&object)).await?;
-    if stored.spec != *spec {
+    if stored.spec.of_the_home() != *spec {
         return Err(Error::PeerTooOld);
     }
     Ok(())

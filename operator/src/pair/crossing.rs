@@ -6,13 +6,13 @@
 use jiff::Timestamp;
 use watari_crds::conditions::{Finding, Kind, Reason};
 use watari_crds::crossing::{Crossing, Site, Stage};
-use watari_crds::pair::{CutoverPolicy, Moved, PairCrossing, SyncPair, SyncPairStatus};
-use watari_crds::quantity;
+use watari_crds::failover::FailoverStatus;
+use watari_crds::pair::{Moved, PairCrossing, SyncPair, SyncPairStatus};
 use watari_crds::replica::SyncReplica;
-use watari_wire::report::Report;
 
-use super::observe::{Peer, Replica, Seen};
+use super::observe::{Replica, Seen};
 use super::pair_id;
+use super::readiness::{hindrance, is_stopped, not_due};
 use crate::side::manifest::{self, travelling};
 use crate::side::send::Receiver;
 use crate::side::{self, Progress, accepts_writes, receive, rest, send};
@@ -27,6 +27,7 @@ const PAUSE_SECONDS_MAX: i64 = 600;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Course {
     pub active: Site,
+    pub epoch: Option<i64>,
     pub moves: i64,
     pub history: Vec<Moved>,
     /// As it shall stand in the SyncReplica.
@@ -37,6 +38,8 @@ pub struct Course {
     pub steps: Vec<side::Step>,
     /// A wish to move that waits or is not followed, with the reason.
     pub held_up: Option<(Reason, String)>,
+    /// The home wrote alone while the peer was promoted: what it holds, in words.
+    pub diverged: Option<String>,
 }
 
 impl Course {
@@ -44,11 +47,17 @@ impl Course {
     pub fn standing(before: &SyncPairStatus) -> Course {
         Course {
             active: before.active_site,
+            epoch: before.epoch,
             moves: before.moves,
             history: before.history.clone(),
             record: before.crossing.clone(),
             ..Course::default()
         }
+    }
+
+    fn remember(&mut self, moved: Moved) {
+        self.history.insert(0, moved);
+        self.history.truncate(HISTORY_MAX);
     }
 
     /// An attempt is under way.
@@ -71,19 +80,43 @@ impl Course {
             Some(_) | None => Finding::new(Kind::SiteDiffers, false, Reason::AsAsked, ""),
         }
     }
+
+    /// Whether the home holds writes that the peer never had.
+    pub fn divergence(&self) -> Finding {
+        match &self.diverged {
+            Some(text) => Finding::new(Kind::Diverged, true, Reason::WroteAlone, text.clone()),
+            None => Finding::new(Kind::Diverged, false, Reason::AsAsked, ""),
+        }
+    }
+
+    /// The VM is at the peer because it was promoted without the home.
+    pub fn is_failed_over(&self) -> bool {
+        self.active == Site::Peer && self.history.first().is_some_and(|moved| moved.failover)
+    }
+
+    fn place(&self) -> rest::Place {
+        if self.is_failed_over() { rest::Place::Left } else { rest::Place::Home }
+    }
 }
 
 /// Decides what comes next.
 pub fn course(pair: &SyncPair, seen: &Seen) -> Course {
     let before = pair.status.clone().unwrap_or_default();
     let mut course = Course::standing(&before);
-    course.active = active(seen, before.active_site);
-    if course.active != before.active_site {
-        course.moves += 1;
-        course.history.insert(0, moved(course.active, &before, seen.now));
-        course.history.truncate(HISTORY_MAX);
+    (course.active, course.epoch) = active(seen, &before);
+    // What the peer did alone comes first: another move may have followed it.
+    let alone = failed_over(seen, &before);
+    let mut was = before.active_site;
+    if let Some(failover) = alone {
+        (course.moves, was) = (failover.at_move + 1, Site::Peer);
+        course.remember(Moved { failover: true, ..moved(Site::Peer, None, failover.ended.unwrap_or(seen.now)) });
     }
-    match written(seen, &before) {
+    if course.active != was {
+        course.moves += 1;
+        course.remember(moved(course.active, before.crossing.as_ref(), seen.now));
+    }
+    // An attempt that began before a failover is over, wherever it led.
+    match written(seen, &before).filter(|attempt| alone.is_none() && attempt.at_move == before.moves) {
         Some(attempt) if attempt.to == course.active => arrived(pair, seen, &mut course),
         Some(attempt) => go_on(pair, seen, attempt, &before, &mut course),
         None => begin(pair, seen, &before, &mut course),
@@ -91,38 +124,41 @@ pub fn course(pair: &SyncPair, seen: &Seen) -> Course {
     course
 }
 
-/// By the sidecars' roles; of two that both believe to be active, the one with the higher epoch.
-fn active(seen: &Seen, before: Site) -> Site {
-    let home = seen.side.report.as_ref().map(|report| (report.role.as_str(), i64::try_from(report.epoch).ok()));
-    let status = replica(seen).and_then(|found| found.status.as_ref());
-    let peer = status.and_then(|status| Some((status.role.as_deref()?, status.epoch)));
-    let home = home.filter(|(role, _)| accepts_writes(role));
-    let peer = peer.filter(|(role, _)| accepts_writes(role));
+/// By the sidecars' roles: of two that both believe to be active, the one with the higher epoch, and never one below an epoch that was seen
+/// already. A home that was promoted past says "Serving" until it hears of it, also while the peer does not answer.
+fn active(seen: &Seen, before: &SyncPairStatus) -> (Site, Option<i64>) {
+    let current = |epoch: &i64| *epoch >= before.epoch.unwrap_or_default();
+    let home = seen.side.report.as_ref().filter(|report| accepts_writes(&report.role));
+    let home = home.and_then(|report| i64::try_from(report.epoch).ok()).filter(current);
+    let peer = replica(seen).and_then(|found| found.status.as_ref());
+    let peer = peer.filter(|status| status.role.as_deref().is_some_and(accepts_writes));
+    let peer = peer.map(|status| status.epoch.unwrap_or_default()).filter(current);
     match (home, peer) {
-        (Some((_, home)), Some((_, peer))) => {
-            if peer > home {
-                Site::Peer
-            } else {
-                Site::Source
-            }
-        }
-        (Some(_), None) => Site::Source,
-        (None, Some(_)) => Site::Peer,
-        (None, None) => before,
+        (Some(home), Some(peer)) if peer > home => (Site::Peer, Some(peer)),
+        (Some(home), _) => (Site::Source, Some(home)),
+        (None, Some(peer)) => (Site::Peer, Some(peer)),
+        (None, None) => (before.active_site, before.epoch),
     }
 }
 
-fn moved(to: Site, before: &SyncPairStatus, now: Timestamp) -> Moved {
-    let planned = before.crossing.as_ref().filter(|crossing| crossing.to == to);
+/// A failover that this pair has not counted yet.
+fn failed_over<'a>(seen: &'a Seen, before: &SyncPairStatus) -> Option<&'a FailoverStatus> {
+    let failover = replica(seen)?.status.as_ref()?.failover.as_ref()?;
+    (failover.counts() && failover.at_move >= before.moves).then_some(failover)
+}
+
+fn moved(to: Site, attempt: Option<&PairCrossing>, now: Timestamp) -> Moved {
+    let planned = attempt.filter(|crossing| crossing.to == to);
     Moved {
         to,
         ended: now,
         seconds: planned.map(|crossing| now.as_second() - crossing.began.as_second()),
         predicted_seconds: planned.and_then(|crossing| crossing.predicted_seconds),
+        failover: false,
     }
 }
 
-fn replica(seen: &Seen) -> Option<&SyncReplica> {
+pub(super) fn replica(seen: &Seen) -> Option<&SyncReplica> {
     match &seen.replica {
         Replica::Found(found) => Some(found),
         Replica::None | Replica::Unknown => None,
@@ -140,6 +176,7 @@ fn written(seen: &Seen, before: &SyncPairStatus) -> Option<Crossing> {
                 id: record.id.clone(),
                 to: record.to,
                 connect: None,
+                at_move: before.moves,
                 stopped: record.stopped,
                 cancelled: false,
             })
@@ -216,8 +253,11 @@ fn record(attempt: &Crossing, before: &SyncPairStatus, now: Timestamp) -> PairCr
 }
 
 fn begin(pair: &SyncPair, seen: &Seen, before: &SyncPairStatus, course: &mut Course) {
-    course.steps = rest::decide(rest::Place::Home, &pair_id(pair), &seen.side);
+    course.steps = rest::decide(course.place(), &pair_id(pair), &seen.side);
     let to = pair.spec.active_site;
+    if course.active == Site::Peer {
+        diverged(pair, seen, course);
+    }
     if to == course.active {
         course.record = None;
         return;
@@ -247,7 +287,8 @@ fn begin(pair: &SyncPair, seen: &Seen, before: &SyncPairStatus, course: &mut Cou
     }
     // A name is used once: KubeVirt keeps what belongs to one.
     let id = format!("watari-{}-{}", pair_id(pair), seen.now.as_second());
-    let attempt = Crossing { id, to, connect: None, stopped: is_stopped(seen, to), cancelled: false };
+    let (at_move, stopped) = (course.moves, is_stopped(seen, to));
+    let attempt = Crossing { id, to, connect: None, at_move, stopped, cancelled: false };
     let mut record = record(&attempt, before, seen.now);
     record.message = "It begins.".to_owned();
     course.record = Some(record);
@@ -255,98 +296,27 @@ fn begin(pair: &SyncPair, seen: &Seen, before: &SyncPairStatus, course: &mut Cou
     course.steps = Vec::new();
 }
 
-/// The VM does not run where it is.
-fn is_stopped(seen: &Seen, to: Site) -> bool {
-    match to {
-        Site::Peer => seen.side.launcher.is_none() && seen.side.vmi.is_none(),
-        Site::Source => {
-            let status = replica(seen).and_then(|found| found.status.as_ref());
-            !status.is_some_and(|status| status.running)
+/// The home was replaced while it was active. What it wrote alone stays until a person consents, at this count of moves.
+fn diverged(pair: &SyncPair, seen: &Seen, course: &mut Course) {
+    let Some(report) = seen.side.report.as_ref().filter(|report| report.role == "Fenced") else { return };
+    let held = match &report.divergence {
+        Some(list) if list.anything => format!("may have written anything after generation {}", list.after),
+        Some(list) => format!("holds {} bytes that it wrote alone after generation {}", list.bytes, list.after),
+        None => "may have written alone".to_owned(),
+    };
+    let consent = pair.spec.overwrite_diverged.as_ref().map(|consent| consent.at_move);
+    let asked = match consent {
+        Some(at_move) if at_move == course.moves && seen.side.launcher.is_none() => {
+            course.steps.push(side::Step::AcceptDivergence);
+            " It is being given up, as asked.".to_owned()
         }
-    }
-}
-
-/// Why a move cannot begin; before it has cost anything.
-fn hindrance(seen: &Seen, before: &SyncPairStatus, to: Site) -> Option<String> {
-    let Peer::Usable(usable) = &seen.peer else { return Some("The peer cannot be used now.".to_owned()) };
-    let Some(found) = replica(seen) else { return Some("There is no replica at the peer yet.".to_owned()) };
-    if let Some(missing) = usable.cluster.status.iter().flat_map(|status| &status.missing).next() {
-        return Some(format!("Site {} lacks {}. {}", missing.site, missing.what, missing.remedy));
-    }
-    let stopped = is_stopped(seen, to);
-    match to {
-        Site::Peer if stopped && before.committed.is_none() => {
-            Some("The VM does not run and was never synchronised: start it once.".to_owned())
+        Some(at_move) if at_move == course.moves => " It is given up once the VM's Pod here has ended.".to_owned(),
+        Some(at_move) => {
+            format!(" `overwriteDiverged.atMove` is {at_move}, and the VM has moved {} times.", course.moves)
         }
-        Site::Peer if stopped => None,
-        Site::Peer => match &seen.side.report {
-            None => Some("The VM runs without a sidecar that answers: restart it.".to_owned()),
-            Some(report) => not_in_order(report),
-        },
-        Site::Source => {
-            let role = found.status.as_ref().and_then(|status| status.role.as_deref()).unwrap_or_default();
-            if !accepts_writes(role) {
-                return Some(format!(
-                    "The peer's sidecar is {role}: it has no right to write that it could hand over."
-                ));
-            }
-            match &seen.side.report {
-                Some(report) if report.role == "Replica" && report.link.connected => None,
-                Some(report) if report.role == "Replica" => Some("The two sidecars are not connected.".to_owned()),
-                Some(report) => Some(format!("The sidecar at home is {}, not a replica.", report.role)),
-                None => Some("The sidecar at home does not answer yet.".to_owned()),
-            }
-        }
-    }
-}
-
-fn not_in_order(report: &Report) -> Option<String> {
-    if !accepts_writes(&report.role) {
-        return Some(format!("The VM's sidecar is {}: it has no right to write that it could hand over.", report.role));
-    }
-    if report.generations.committed.is_empty() {
-        return Some("No whole generation is at the peer yet.".to_owned());
-    }
-    if report.trust != "Tracked" {
-        return Some(format!("The VM's sidecar is {}: it must compare its disks with the peer's first.", report.trust));
-    }
-    (!report.link.connected).then(|| "The two sidecars are not connected.".to_owned())
-}
-
-/// The policy says to wait.
-fn not_due(pair: &SyncPair, seen: &Seen, to: Site) -> Option<String> {
-    let cutover = &pair.spec.cutover;
-    match cutover.policy {
-        CutoverPolicy::Manual => None,
-        CutoverPolicy::At => {
-            let at = cutover.at?;
-            (seen.now < at).then(|| format!("The move begins at {at}."))
-        }
-        CutoverPolicy::WhenReady => {
-            let (bytes, seconds) = left(seen, to)?;
-            let max = cutover.max_bytes.as_deref().and_then(|text| quantity::parse(text).ok());
-            if let Some(max) = max.filter(|max| u128::try_from(bytes).unwrap_or_default() > u128::from(*max)) {
-                return Some(format!("{bytes} bytes are left to send; the move begins at {max}."));
-            }
-            let max = cutover.max_seconds?;
-            match seconds {
-                Some(seconds) if seconds <= max => None,
-                Some(seconds) => Some(format!("{seconds} s are left to send; the move begins at {max}.")),
-                None => Some("The link's speed is not known yet.".to_owned()),
-            }
-        }
-    }
-}
-
-/// What a move has to send: disk content in bytes, and disks and memory in seconds.
-fn left(seen: &Seen, to: Site) -> Option<(i64, Option<i64>)> {
-    match to {
-        Site::Peer => Some(side::remains(seen.side.report.as_ref()?, seen.side.memory())),
-        Site::Source => {
-            let status = replica(seen)?.status.as_ref()?;
-            Some((status.lag_bytes?, status.transfer_seconds))
-        }
-    }
+        None => String::new(),
+    };
+    course.diverged = Some(format!("The peer was promoted without this site, which {held}.{asked}"));
 }
 
 /// The VM's definition for the peer. While the VM is there it stays as it was sent.

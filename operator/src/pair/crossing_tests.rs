@@ -2,8 +2,9 @@
 
 use serde_json::json;
 use watari_crds::crossing::CrossingStatus;
+use watari_crds::failover::FailoverStage;
 use watari_crds::replica::{SyncReplicaSpec, SyncReplicaStatus};
-use watari_wire::report::{GenerationsReport, LinkReport};
+use watari_wire::report::{GenerationsReport, LinkReport, Report};
 
 use super::super::decide::tests::{ID, seen as found};
 use super::*;
@@ -68,6 +69,7 @@ fn step(pair: &mut SyncPair, seen: &mut Seen) -> Course {
     }
     pair.status = Some(SyncPairStatus {
         active_site: course.active,
+        epoch: course.epoch,
         moves: course.moves,
         history: course.history.clone(),
         crossing: course.record.clone(),
@@ -182,14 +184,15 @@ fn each_policy_waits_for_what_it_names() {
 #[test]
 fn of_two_that_believe_to_be_active_the_higher_epoch_counts() {
     let mut seen = seen();
+    let before = |active_site, epoch| SyncPairStatus { active_site, epoch, ..SyncPairStatus::default() };
     at_peer(&mut seen, "Serving", 2, None);
-    assert_eq!(active(&seen, Site::Source), Site::Peer);
+    assert_eq!(active(&seen, &before(Site::Source, None)), (Site::Peer, Some(2)));
     seen.side.report = Some(report("Serving", 3));
-    assert_eq!(active(&seen, Site::Peer), Site::Source);
+    assert_eq!(active(&seen, &before(Site::Peer, Some(2))), (Site::Source, Some(3)));
     seen.side.report = None;
-    assert_eq!(active(&seen, Site::Source), Site::Peer);
+    assert_eq!(active(&seen, &before(Site::Source, Some(1))), (Site::Peer, Some(2)));
     at_peer(&mut seen, "Replica", 2, None);
-    assert_eq!(active(&seen, Site::Peer), Site::Peer, "nobody says otherwise");
+    assert_eq!(active(&seen, &before(Site::Peer, Some(2))), (Site::Peer, Some(2)), "nobody says otherwise");
 }
 
 #[test]
@@ -200,4 +203,98 @@ fn our_own_pod_has_the_folder_at_home_while_the_vm_is_not_there() {
     seen.side.launcher = None;
     assert!(away.wants_holder(&seen));
     assert!(!Course::default().wants_holder(&seen), "a VM that is only stopped starts where its claims are free");
+}
+
+/// The peer was promoted at this count of moves.
+fn promoted(seen: &mut Seen, at_move: i64, crossing: Option<Crossing>) {
+    at_peer(seen, "Serving", 9, crossing);
+    let Replica::Found(found) = &mut seen.replica else { panic!("there is one") };
+    let status = found.status.as_mut().expect("there is one");
+    let (stage, began) = (FailoverStage::Done, seen.now);
+    let failover =
+        FailoverStatus { at_move, stage, message: String::new(), generation: None, began, ended: Some(seen.now) };
+    (status.failover, status.moves) = (Some(failover), at_move + 1);
+}
+
+fn fenced(alone: u64) -> Report {
+    let divergence =
+        watari_wire::report::DivergenceReport { bytes: alone, after: "1.4".to_owned(), ..Default::default() };
+    Report { divergence: Some(divergence), ..report("Fenced", 1) }
+}
+
+#[test]
+fn a_home_that_returns_after_a_failover_counts_it_once_and_moves_nothing_back() {
+    let (mut pair, mut seen) = (pair("Source", 0), seen());
+    promoted(&mut seen, 0, None);
+    let first = step(&mut pair, &mut seen);
+    assert_eq!((first.active, first.moves, first.history.len()), (Site::Peer, 1, 1));
+    assert!(first.history[0].failover && first.history[0].seconds.is_none() && first.crossing.is_none());
+    assert_eq!(first.held_up.expect("the old wish is shown").0, Reason::AtMoveDiffers);
+    assert!(first.steps.is_empty(), "its sidecar has not heard of it: the VM runs on");
+    seen.side.vm = Some(json!({ "spec": { "runStrategy": "Always" } }));
+    seen.side.report = Some(fenced(4096));
+    let held = step(&mut pair, &mut seen);
+    assert_eq!((held.moves, held.history.len(), held.crossing), (1, 1, None));
+    let halted = side::Step::SetRunStrategy { strategy: "Halted".to_owned(), restore: None };
+    assert_eq!(held.steps, [halted]);
+    assert!(held.diverged.expect("it is said").contains("holds 4096 bytes that it wrote alone after generation 1.4"));
+}
+
+#[test]
+fn a_home_that_was_promoted_past_and_has_not_heard_of_it_is_not_believed_while_the_peer_is_silent() {
+    let (mut pair, mut seen) = (pair("Source", 0), seen());
+    promoted(&mut seen, 0, None);
+    assert_eq!(step(&mut pair, &mut seen).moves, 1);
+    let replica = std::mem::replace(&mut seen.replica, Replica::Unknown);
+    let silent = step(&mut pair, &mut seen);
+    assert_eq!((silent.active, silent.moves), (Site::Peer, 1));
+    seen.replica = replica;
+    assert_eq!(step(&mut pair, &mut seen).moves, 1);
+}
+
+#[test]
+fn what_the_home_wrote_alone_is_given_up_only_at_this_count_of_moves_and_without_the_vm() {
+    let overwrite = |at_move| Some(watari_crds::pair::OverwriteDiverged { at_move });
+    for (consent, launcher, given_up) in
+        [(None, false, false), (overwrite(0), false, false), (overwrite(1), true, false), (overwrite(1), false, true)]
+    {
+        let (mut pair, mut seen) = (pair("Peer", 0), seen());
+        promoted(&mut seen, 0, None);
+        seen.side.report = Some(fenced(4096));
+        seen.side.launcher = seen.side.launcher.filter(|_| launcher);
+        pair.spec.overwrite_diverged = consent.clone();
+        let course = step(&mut pair, &mut seen);
+        assert_eq!(course.steps.contains(&side::Step::AcceptDivergence), given_up, "{consent:?}");
+        assert!(course.diverged.is_some());
+    }
+}
+
+#[test]
+fn an_attempt_that_a_failover_overtook_is_over_wherever_it_led() {
+    for (to, at_move) in [(Site::Peer, 0), (Site::Source, 1)] {
+        let (mut pair, mut seen) = (pair(&format!("{to:?}"), at_move), seen());
+        let active_site = to.other();
+        pair.status = Some(SyncPairStatus { active_site, moves: at_move, ..SyncPairStatus::default() });
+        let id = "watari-old".to_owned();
+        let attempt = Crossing { id, to, connect: None, at_move, stopped: false, cancelled: false };
+        // Home by its sidecars, which its operator did not live to see; then the peer was promoted.
+        promoted(&mut seen, at_move, Some(attempt.clone()));
+        let course = course(&pair, &seen);
+        assert_eq!((course.active, course.moves, course.crossing), (Site::Peer, at_move + 1, None), "{to:?}");
+        // The SyncReplica could not be written: the old attempt still stands there.
+        pair.status = Some(SyncPairStatus { active_site: Site::Peer, moves: at_move + 1, ..SyncPairStatus::default() });
+        assert_eq!(super::course(&pair, &seen).crossing, None, "{to:?}");
+    }
+}
+
+#[test]
+fn a_way_back_after_a_failover_is_a_wish_at_its_count() {
+    let (mut pair, mut seen) = (pair("Source", 0), seen());
+    promoted(&mut seen, 0, None);
+    seen.side.launcher = None;
+    seen.side.report = Some(report("Replica", 9));
+    assert!(step(&mut pair, &mut seen).crossing.is_none());
+    pair.spec.at_move = 1;
+    let attempt = step(&mut pair, &mut seen).crossing.expect("it begins");
+    assert_eq!((attempt.to, attempt.at_move), (Site::Source, 1));
 }

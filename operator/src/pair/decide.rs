@@ -14,12 +14,12 @@ use watari_crds::pair::{Phase, SyncPair};
 use watari_crds::quantity;
 use watari_crds::replica::{AccessMode, ReplicaDisk, ReplicaMetadata, SyncReplicaSpec};
 use watari_crds::wiring::{WiredDisk, Wiring};
-use watari_wire::report::Report;
 
 use super::crossing::{self, Course, course};
 use super::disks::{Disk, Refusal, disks};
 use super::observe::{Peer, Replica, Seen, Usable};
 use super::pair_id;
+use super::say::say;
 use crate::side::{self, accepts_writes};
 
 /// One thing to do.
@@ -136,7 +136,7 @@ fn plan(pair: &SyncPair, site: &str, seen: &Seen) -> Result<Decision, Refusal> {
     let wanted = replica_spec(pair, site, seen, &disks, metadata_bytes, &course)?;
     let waits_for_size = wanted.is_none();
     match (wanted, &seen.replica) {
-        (Some(wanted), Replica::Found(found)) if found.spec == wanted => {}
+        (Some(wanted), Replica::Found(found)) if found.spec.of_the_home() == wanted => {}
         (Some(wanted), Replica::Found(_) | Replica::None) => steps.push(Step::ApplyReplica(Box::new(wanted))),
         (None, _) | (_, Replica::Unknown) => {}
     }
@@ -146,7 +146,7 @@ fn plan(pair: &SyncPair, site: &str, seen: &Seen) -> Result<Decision, Refusal> {
     steps.extend(hold(pair, site, seen, &course, furniture, vm));
     steps.extend(course.steps.iter().cloned().map(Step::Cross));
     let (phase, mut findings) = say(pair, seen, &course, waits_for_size);
-    findings.push(course.site_differs());
+    findings.extend([course.site_differs(), course.divergence()]);
     Ok(Decision { steps, findings, phase, course: Some(course), finished: false })
 }
 
@@ -254,98 +254,9 @@ fn replica_spec(
         vm: crossing::definition(seen, course.active),
         home_migration: seen.side.kubevirt.as_ref().map(|kubevirt| kubevirt.end.clone()),
         crossing: course.crossing.clone(),
+        moves: course.moves,
+        promote: None,
     }))
-}
-
-/// Phase and findings of a pair that has all it needs.
-fn say(pair: &SyncPair, seen: &Seen, course: &Course, waits_for_size: bool) -> (Phase, Vec<Finding>) {
-    let committed = seen.side.report.as_ref().is_some_and(|report| !report.generations.committed.is_empty());
-    let (phase, ready, reconciling, reason, text) = match (&seen.side.launcher, &seen.side.report) {
-        _ if course.is_under_way() => {
-            let text = course.record.as_ref().map_or("", |record| record.message.as_str());
-            let to = pair.spec.active_site;
-            (Phase::Moving, false, true, Reason::Moving, format!("The VM is on its way to {to:?}. {text}"))
-        }
-        (_, report) if course.active == Site::Peer => at_peer(report.as_ref()),
-        _ if pair.spec.paused => (Phase::Paused, false, false, Reason::Paused, "A person paused it.".to_owned()),
-        (None, _) => {
-            let text = match waits_for_size {
-                true => "The VM does not run; how large its disks are is read at its next start.",
-                false => "The VM does not run; the peer has what was last sent.",
-            };
-            (Phase::Stopped, false, false, Reason::VmNotRunning, text.to_owned())
-        }
-        (Some(pod), _) if !pod.wired => {
-            (Phase::Preparing, false, true, Reason::NotWired, "The VM runs without its sidecar.".to_owned())
-        }
-        (Some(_), None) => {
-            let why = seen.side.silence.clone().unwrap_or_else(|| "its Pod has no address yet".to_owned());
-            (Phase::Preparing, false, true, Reason::SidecarSilent, format!("No word from the VM's sidecar: {why}."))
-        }
-        (Some(_), Some(report)) if !committed => {
-            let why = behind(report.link.connected, &report.generations.behind_because);
-            let text = format!("The first whole generation is on its way{why}.");
-            (Phase::Synchronizing, false, true, Reason::Synchronizing, text)
-        }
-        (Some(_), Some(report)) if !report.link.connected => {
-            let text = format!("No connection to the peer's sidecar: {}.", report.link.last_error);
-            (Phase::Lagging, true, true, Reason::LinkDown, text)
-        }
-        (Some(_), Some(report)) => {
-            let text = format!("Generation {} is whole at the peer.", report.generations.committed);
-            (Phase::Protected, true, false, Reason::AsAsked, text)
-        }
-    };
-    let (reconciling, reason, text) = match &course.held_up {
-        Some((why @ (Reason::Moving | Reason::MoveFailed), held_up)) => (true, *why, held_up.clone()),
-        Some(_) | None => (reconciling, reason, text),
-    };
-    let restart = seen.side.launcher.as_ref().is_some_and(|pod| !pod.wired);
-    let (why, words) = match restart {
-        true => (Reason::NotWired, "The VM runs without its sidecar."),
-        false => (Reason::AsAsked, ""),
-    };
-    let findings = vec![
-        Finding::new(Kind::Ready, ready, reason, text.clone()),
-        Finding::new(Kind::Reconciling, reconciling, reason, text),
-        Finding::new(Kind::Stalled, false, Reason::AsAsked, ""),
-        Finding::new(Kind::RestartRequired, restart, why, words),
-        attention(seen),
-    ];
-    (phase, findings)
-}
-
-/// The VM is active at the peer, and the home is its replica.
-fn at_peer(report: Option<&Report>) -> (Phase, bool, bool, Reason, String) {
-    let Some(report) = report else {
-        let text = "The VM is active at the peer; the sidecar here, which receives its changes, does not answer yet.";
-        return (Phase::Lagging, false, true, Reason::SidecarSilent, text.to_owned());
-    };
-    let committed = report.replica.as_ref().map(|it| it.committed.as_str()).unwrap_or_default();
-    if !report.link.connected {
-        let text = format!("The VM is active at the peer; no connection to its sidecar: {}.", report.link.last_error);
-        return (Phase::Lagging, true, true, Reason::LinkDown, text);
-    }
-    let text = format!("The VM is active at the peer; generation {committed} is whole here.");
-    (Phase::Protected, true, false, Reason::AsAsked, text)
-}
-
-fn behind(connected: bool, because: &str) -> String {
-    match (connected, because) {
-        (false, _) => "; there is no connection to the peer's sidecar now".to_owned(),
-        (true, "") => String::new(),
-        (true, why) => format!(": {why}"),
-    }
-}
-
-/// Everything that the sidecar itself wants a person to know.
-fn attention(seen: &Seen) -> Finding {
-    let conditions = seen.side.report.iter().flat_map(|report| &report.conditions).filter(|condition| condition.status);
-    let words: Vec<String> = conditions.map(|it| format!("{}: {} {}", it.kind, it.message, it.next_step)).collect();
-    match words.is_empty() {
-        true => Finding::new(Kind::Attention, false, Reason::AsAsked, ""),
-        false => Finding::new(Kind::Attention, true, Reason::SidecarReports, words.join(" ").trim().to_owned()),
-    }
 }
 
 /// A peer that cannot be used at the moment takes nothing back: what is here stays as it is.
@@ -362,7 +273,7 @@ fn peer_away(pair: &SyncPair, seen: &Seen, why: &str) -> Decision {
     }
     // What KubeVirt has been told already goes on, and this side may have to ask for the right to write.
     let steps = course.steps.iter().cloned().map(Step::Cross).collect();
-    findings.push(course.site_differs());
+    findings.extend([course.site_differs(), course.divergence()]);
     Decision { steps, findings, phase, course: Some(course), ..Decision::default() }
 }
 

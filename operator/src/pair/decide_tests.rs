@@ -122,7 +122,9 @@ fn what_is_right_already_is_not_written_again() {
                 metadata.annotations.insert(annotation::WIRING.to_owned(), wiring.to_annotation());
             }
             Step::ApplyReplica(spec) => {
-                let found = watari_crds::replica::SyncReplica::new("ledger", *spec);
+                let mut found = watari_crds::replica::SyncReplica::new("ledger", *spec);
+                // A wish of the peer's: not the home's business.
+                found.spec.promote = Some(watari_crds::failover::Promote { at_move: 7, generation: None });
                 seen.replica = Replica::Found(Box::new(found));
             }
             Step::SetFinalizer
@@ -161,6 +163,35 @@ fn each_state_of_the_running_vm_has_its_phase_and_reason() {
         let restart = launcher.is_some_and(|pod| !pod.wired);
         assert_eq!(said(&decision, Kind::RestartRequired).0 == Status::True, restart, "{phase:?}");
     }
+}
+
+#[test]
+fn a_home_that_wrote_alone_is_stalled_until_a_person_consents() {
+    let peer = json!({ "role": "Serving", "epoch": 9, "failover": {
+        "atMove": 0, "stage": "Done", "began": "2026-01-01T00:00:00Z", "ended": "2026-01-01T00:00:30Z",
+    } });
+    let report = Report { role: "Fenced".to_owned(), epoch: 1, ..Report::default() };
+    let mut seen = Seen { side: Side { report: Some(report), ..Side::default() }, ..seen("Block") };
+    let sent = decide(&pair(), "tokyo", &seen).steps.into_iter().find_map(|step| match step {
+        Step::ApplyReplica(spec) => Some(spec),
+        _ => None,
+    });
+    let mut replica = watari_crds::replica::SyncReplica::new("ledger", *sent.expect("it is asked for"));
+    replica.status = Some(serde_json::from_value(peer).expect("a status"));
+    seen.replica = Replica::Found(Box::new(replica));
+    let mut pair = pair();
+    let waits = decide(&pair, "tokyo", &seen);
+    assert_eq!((waits.phase, said(&waits, Kind::Diverged)), (Phase::Diverged, (Status::True, Reason::WroteAlone)));
+    assert_eq!(said(&waits, Kind::Stalled), (Status::True, Reason::WroteAlone));
+    assert!(
+        names(&waits).contains(&"make holder") && names(&waits).contains(&"replica"),
+        "the count is told to the peer"
+    );
+    pair.status = Some(watari_crds::pair::SyncPairStatus { active_site: Site::Peer, moves: 1, ..Default::default() });
+    pair.spec.overwrite_diverged = Some(watari_crds::pair::OverwriteDiverged { at_move: 1 });
+    let consented = decide(&pair, "tokyo", &seen);
+    assert!(consented.steps.contains(&Step::Cross(side::Step::AcceptDivergence)));
+    assert_eq!(said(&consented, Kind::Stalled).0, Status::False);
 }
 
 #[test]

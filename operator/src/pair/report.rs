@@ -41,6 +41,7 @@ pub async fn report(
         phase: decision.phase,
         conditions: merged(&before.conditions, &findings, generation, seen.now),
         active_site: course.active,
+        epoch: course.epoch,
         moves: course.moves,
         crossing: course.record,
         history: course.history,

@@ -52,7 +52,8 @@ pub async fn act(context: &Context, whose: Whose<'_>, seen: &Side, step: &Step) 
         Step::SetRunStrategy { strategy, restore } => {
             let patch = json!({
                 "metadata": { "annotations": { annotation::RESTORE_RUN_STRATEGY: restore } },
-                "spec": { "runStrategy": strategy },
+                // The older way to say it; the API has one or the other.
+                "spec": { "runStrategy": strategy, "running": null },
             });
             vms(context, whose).patch(whose.vm, &merging(), &Patch::Merge(patch)).await?;
         }
@@ -72,6 +73,11 @@ pub async fn act(context: &Context, whose: Whose<'_>, seen: &Side, step: &Step) 
         Step::OpenHandover { vmi_uid } => holder(context, whose, seen).await?.open_handover(vmi_uid).await?,
         Step::Acquire => holder(context, whose, seen).await?.acquire().await?,
         Step::Void => holder(context, whose, seen).await?.void().await?,
+        Step::Promote { generation } => {
+            let said = holder(context, whose, seen).await?.promote(*generation).await?;
+            tracing::info!(vm = whose.vm, namespace = whose.namespace, said, "failover");
+        }
+        Step::AcceptDivergence => holder(context, whose, seen).await?.accept_divergence().await?,
     }
     Ok(())
 }

@@ -1,14 +1,16 @@
 //! No crossing is under way: what is left of one goes. A pure, total function of what was seen.
 
-use super::Step;
 use super::manifest::{HALTED, RECEIVER, is_ours};
 use super::observe::Side;
+use super::{Step, accepts_writes};
 
 /// Where this side is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// The VM object is a person's.
     Home,
+    /// The same after a failover: the VM runs at the peer, whatever its object here says.
+    Left,
     /// The VM object is ours, and is there only while the VM is.
     Peer,
 }
@@ -18,6 +20,10 @@ pub enum Place {
 pub fn decide(place: Place, pair_id: &str, seen: &Side) -> Vec<Step> {
     let ended = seen.migrations.iter().filter(|migration| migration.is_final() && !migration.deleting);
     let mut steps: Vec<Step> = ended.map(|migration| Step::DeleteMigration(migration.name.clone())).collect();
+    if place == Place::Left && seen.vm.is_some() && seen.run_strategy() != Some(HALTED) && has_no_right(seen) {
+        steps.push(Step::SetRunStrategy { strategy: HALTED.to_owned(), restore: None });
+        return steps;
+    }
     if seen.role() != Some("Replica") || seen.launcher.is_some() {
         return steps;
     }
@@ -31,4 +37,13 @@ pub fn decide(place: Place, pair_id: &str, seen: &Side) -> Vec<Step> {
         (Some(_) | None, _) => {}
     }
     steps
+}
+
+/// The VM's Pod has been told that it is replaced, or there is none.
+fn has_no_right(seen: &Side) -> bool {
+    match (seen.role(), &seen.launcher) {
+        (Some(role), Some(_)) => !accepts_writes(role),
+        (None, Some(_)) => false,
+        (_, None) => true,
+    }
 }

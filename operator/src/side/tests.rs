@@ -13,7 +13,7 @@ const PAIR: &str = "6f1c1e0a-8a52-4c0e-9d55-0c9a3b7e4f10";
 const ID: &str = "watari-move-1";
 
 fn attempt() -> Crossing {
-    Crossing { id: ID.to_owned(), to: Site::Peer, connect: None, stopped: false, cancelled: false }
+    Crossing { id: ID.to_owned(), to: Site::Peer, connect: None, at_move: 0, stopped: false, cancelled: false }
 }
 
 fn manifest() -> Value {
@@ -196,4 +196,22 @@ fn without_a_move_nothing_of_one_is_left_and_nothing_else_is_touched() {
     assert_eq!(super::rest::decide(super::rest::Place::Home, PAIR, &home), halted);
     home.launcher = launcher();
     assert!(super::rest::decide(super::rest::Place::Home, PAIR, &home).is_empty());
+}
+
+#[test]
+fn after_a_failover_the_vm_at_home_is_halted_once_its_sidecar_has_lost_the_right_to_write() {
+    let halt = vec![Step::SetRunStrategy { strategy: "Halted".to_owned(), restore: None }];
+    let vm = |strategy: &str| Some(json!({ "spec": { "runStrategy": strategy } }));
+    let silent = Side { vm: vm("Always"), ..Side::default() };
+    for (seen, expected) in [
+        (Side { vm: vm("Always"), launcher: launcher(), ..side("Fenced") }, halt.clone()),
+        (Side { vm: vm("Always"), launcher: launcher(), ..side("Replica") }, halt.clone()),
+        (silent.clone(), halt),
+        // Until the two sidecars meet, or while nobody says anything, it goes on.
+        (Side { vm: vm("Always"), launcher: launcher(), ..side("Serving") }, Vec::new()),
+        (Side { launcher: launcher(), ..silent }, Vec::new()),
+        (Side { vm: vm("Halted"), launcher: launcher(), ..side("Fenced") }, Vec::new()),
+    ] {
+        assert_eq!(super::rest::decide(super::rest::Place::Left, PAIR, &seen), expected, "{seen:?}");
+    }
 }
