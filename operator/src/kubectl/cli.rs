@@ -38,6 +38,8 @@ pub enum Command {
     Cutover(Cutover),
     /// Let two sites use each other, from two contexts of a kubeconfig; repeating it changes nothing that is right.
     Connect(Connect),
+    /// At the peer: boot a VM there although its home is lost, from the newest whole generation.
+    Failover(super::failover::Failover),
     /// Print a completion script; kubectl looks for it as `kubectl_complete-watari`.
     Completion { shell: Shell },
 }

@@ -84,7 +84,7 @@ pub async fn run(api: &Api<SyncPair>, asked: &Cutover, out: &mut impl Write) -> 
     }
 }
 
-fn print(elapsed: Duration, now: &Standing, output: Output, out: &mut impl Write) -> Result<(), Error> {
+pub(super) fn print(elapsed: Duration, now: &Standing, output: Output, out: &mut impl Write) -> Result<(), Error> {
     match (output, now) {
         (Output::Json, _) => writeln!(out, "{}", serde_json::to_string(now)?)?,
         (Output::Table, Standing::UnderWay(words) | Standing::HeldUp(words) | Standing::Done(words)) => {

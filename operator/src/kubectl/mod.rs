@@ -2,13 +2,12 @@
 //!
 //! It reads and changes the same objects as everybody else, with the caller's kubeconfig and rights; it has no door of its own. What
 //! it prints is made by functions without a client ([`status`], [`check`]); this module asks and prints.
-//!
-//! Not here yet: `failover`.
 
 pub mod check;
 pub mod cli;
 pub mod connect;
 pub mod cutover;
+pub mod failover;
 pub mod status;
 pub mod table;
 
@@ -37,6 +36,8 @@ pub enum Error {
     NotFound { what: &'static str, plural: &'static str, name: String, place: String },
     #[error("{0}")]
     Connect(#[from] connect::Error),
+    #[error("{0}")]
+    Refused(String),
     #[error("cannot print: {0}")]
     Print(#[from] std::io::Error),
     #[error("cannot print JSON: {0}")]
@@ -68,6 +69,11 @@ pub async fn run(cli: &Cli, out: &mut impl Write) -> Result<Outcome, Error> {
             cutover::run(&Api::namespaced(client, namespace), cutover, out).await
         }
         Command::Connect(asked) => connect::run(cli, asked, out).await,
+        Command::Failover(failover) => {
+            let (client, namespace) = connect(cli).await?;
+            let namespace = failover.namespace.as_deref().unwrap_or(&namespace);
+            failover::run(&Api::namespaced(client, namespace), failover, out).await
+        }
         Command::Check(check) => print_check(&connect(cli).await?.0, check, out).await,
         Command::Completion { shell } => {
             cli::completion(*shell, out);
