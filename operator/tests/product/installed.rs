@@ -2,6 +2,7 @@
 //! then see was done with the chart's own rights.
 
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::Pod;
@@ -79,10 +80,10 @@ impl Site {
         Ok(())
     }
 
-    /// `kubectl watari` with this cluster's kubeconfig; answers what it printed.
+    /// `kubectl watari` with this cluster's kubeconfig and nobody at the terminal; answers what it printed.
     pub async fn kubectl_watari(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kubectl-watari"));
-        command.arg("--kubeconfig").arg(&self.kubeconfig).args(arguments).kill_on_drop(true);
+        command.arg("--kubeconfig").arg(&self.kubeconfig).args(arguments).stdin(Stdio::null()).kill_on_drop(true);
         output(&mut command).await.with_context(|| format!("kubectl watari {} at {}", arguments.join(" "), self.name))
     }
 

@@ -5,7 +5,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::ListParams;
 
-use crate::crossing::Play;
+use crate::play::Play;
 use crate::scene::until;
 
 /// What the guest writes while nothing of the chart is there.

@@ -4,7 +4,9 @@ mod chart;
 mod crossing;
 #[path = "../support/definitions.rs"]
 mod definitions;
+mod failover;
 mod first_pair;
 mod installed;
 mod lifecycle;
+mod play;
 mod scene;
