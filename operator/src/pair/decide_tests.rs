@@ -195,6 +195,27 @@ fn a_home_that_wrote_alone_is_stalled_until_a_person_consents() {
 }
 
 #[test]
+fn after_a_failover_the_home_protects_the_vm_only_with_a_generation_of_the_promoted_side() {
+    let moved = json!({ "to": "Peer", "ended": "2026-01-01T00:00:00Z", "failover": true });
+    let mut pair = pair();
+    pair.status = serde_json::from_value(json!({ "activeSite": "Peer", "moves": 1, "history": [moved] })).ok();
+    for (role, committed, connected, phase) in [
+        ("Serving", "", false, Phase::Synchronizing),
+        ("Replica", "1.12", true, Phase::Synchronizing),
+        ("Replica", "9.1", true, Phase::Protected),
+        ("Replica", "9.1", false, Phase::Lagging),
+    ] {
+        let replica = watari_wire::report::ReplicaReport { committed: committed.to_owned(), ..Default::default() };
+        let link = LinkReport { connected, ..LinkReport::default() };
+        let report = Report { role: role.to_owned(), epoch: 9, link, replica: Some(replica), ..Report::default() };
+        let side = Side { report: Some(report), ..Side::default() };
+        pair.status.as_mut().expect("one").epoch = Some(10);
+        let decision = decide(&pair, "tokyo", &Seen { side, ..seen("Block") });
+        assert_eq!(decision.phase, phase, "{role} {committed}");
+    }
+}
+
+#[test]
 fn what_a_pair_lacks_stalls_it_and_changes_nothing() {
     let no_peer = Seen { peer: Peer::Missing, ..seen("Block") };
     let no_vm = Seen { vm: None, ..seen("Block") };

@@ -22,7 +22,7 @@ pub fn say(pair: &SyncPair, seen: &Seen, course: &Course, waits_for_size: bool) 
             let text = course.diverged.clone().unwrap_or_default();
             (Phase::Diverged, false, false, Reason::WroteAlone, text)
         }
-        (_, report) if course.active == Site::Peer => at_peer(report.as_ref()),
+        (_, report) if course.active == Site::Peer => at_peer(report.as_ref(), course.is_failed_over()),
         _ if pair.spec.paused => (Phase::Paused, false, false, Reason::Paused, "A person paused it.".to_owned()),
         (None, _) => {
             let text = match waits_for_size {
@@ -81,18 +81,28 @@ fn stuck(course: &Course) -> Finding {
 }
 
 /// The VM is active at the peer, and the home is its replica.
-fn at_peer(report: Option<&Report>) -> (Phase, bool, bool, Reason, String) {
+fn at_peer(report: Option<&Report>, failed_over: bool) -> (Phase, bool, bool, Reason, String) {
     let Some(report) = report else {
         let text = "The VM is active at the peer; the sidecar here, which receives its changes, does not answer yet.";
         return (Phase::Lagging, false, true, Reason::SidecarSilent, text.to_owned());
     };
     let committed = report.replica.as_ref().map(|it| it.committed.as_str()).unwrap_or_default();
+    if failed_over && !holds_its_epoch(report, committed) {
+        let text = "The VM is active at the peer after a failover; no generation of its is whole here yet.";
+        return (Phase::Synchronizing, false, true, Reason::Synchronizing, text.to_owned());
+    }
     if !report.link.connected {
         let text = format!("The VM is active at the peer; no connection to its sidecar: {}.", report.link.last_error);
         return (Phase::Lagging, true, true, Reason::LinkDown, text);
     }
     let text = format!("The VM is active at the peer; generation {committed} is whole here.");
     (Phase::Protected, true, false, Reason::AsAsked, text)
+}
+
+/// The disks here began as something else than the VM's: they are its replica from the first generation of the promoted side on.
+fn holds_its_epoch(report: &Report, committed: &str) -> bool {
+    let epoch = committed.split('.').next().and_then(|epoch| epoch.parse::<u64>().ok());
+    report.role == "Replica" && epoch.is_some_and(|epoch| epoch >= report.epoch)
 }
 
 fn behind(connected: bool, because: &str) -> String {
