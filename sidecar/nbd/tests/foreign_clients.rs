@@ -266,6 +266,7 @@ fn fio_verifies_random_writes_at_depth_32_on_four_connections() {
             "--verify_fatal=1",
             "--do_verify=1",
             "--verify_backlog=64",
+            "--verify_state_save=0",
             "--fsync=50",
             "--group_reporting",
         ],

@@ -108,8 +108,8 @@ mod tests {
             let (name, entry) = cluster(&persons(server), None).unwrap();
             let error = reachable(&name, entry.clone(), None, "give --server").unwrap_err();
             assert!(error.to_string().contains("give --server"), "{error}");
-            let given = reachable(&name, entry, Some("https://10.0.0.1:6443"), "").unwrap();
-            assert_eq!(given.server.as_deref(), Some("https://10.0.0.1:6443"));
+            let given = reachable(&name, entry, Some("https://tokyo.example:6443"), "").unwrap();
+            assert_eq!(given.server.as_deref(), Some("https://tokyo.example:6443"));
         }
     }
 
