@@ -25,3 +25,4 @@ pub mod replica;
 pub mod slots;
 pub mod storage;
 pub mod tracker;
+pub mod versions;

@@ -90,8 +90,8 @@ pub enum Step {
     Resend(Sequence),
     /// Send this commit list.
     Commit { list: CommitList, cut_at_millis: u64 },
-    /// fdatasync all disks, then [`Primary::forget`].
-    SyncDisks,
+    /// fdatasync all disks, then [`Primary::forget`] with this generation.
+    SyncDisks { generation: Generation },
     /// Nothing to do before this time (or before an event).
     Wait { until_millis: u64 },
 }
@@ -370,9 +370,19 @@ impl Primary {
         self.lose(tracker, &gone.iter().map(|s| s.0).collect::<Vec<_>>());
     }
 
-    /// The disks were synced after [`Step::SyncDisks`] (I5): drop the marks.
-    pub fn forget<M: Maps>(&mut self, tracker: &Tracker<M>) {
-        let Phase::Forgetting { generation, cut_at_millis, .. } = self.phase else { return };
+    /// Whether marks wait for exactly the sync of this generation. One that began for another generation says nothing:
+    /// what the present one holds may have been written after it.
+    pub fn awaits_sync(&self, of: Generation) -> bool {
+        matches!(self.phase, Phase::Forgetting { generation, .. } if generation == of)
+    }
+
+    /// The disks were synced after the [`Step::SyncDisks`] of this generation (I5): drop the marks. `false`: nothing waits for
+    /// that sync any more, and nothing was forgotten.
+    pub fn forget<M: Maps>(&mut self, tracker: &Tracker<M>, of: Generation) -> bool {
+        let Phase::Forgetting { generation, cut_at_millis, .. } = self.phase else { return false };
+        if generation != of {
+            return false;
+        }
         for book in core::mem::take(&mut self.books).into_values() {
             for e in &book.extents {
                 tracker.unstage(book.disk, *e);
@@ -385,6 +395,7 @@ impl Primary {
         self.base_cut_millis = cut_at_millis;
         self.counters.committed += 1;
         self.phase = Phase::Idle;
+        true
     }
 
     /// The record now reserves numbers below `until`.
@@ -458,7 +469,7 @@ impl Primary {
                     return Step::Wait { until_millis: u64::MAX };
                 }
                 self.phase = Phase::Forgetting { generation, cut_at_millis, syncing: true };
-                Step::SyncDisks
+                Step::SyncDisks { generation }
             }
         }
     }

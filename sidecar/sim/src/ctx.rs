@@ -1,6 +1,6 @@
 //! What every part of the simulation shares: the network, the truth, the coverage, one generator, one clock.
 
-use watari_core::{record::Id, storage::sim::SimRng};
+use watari_core::{record::Id, storage::sim::SimRng, versions::Speaks};
 
 use crate::{coverage::Coverage, net::Net, truth::Truth};
 
@@ -134,12 +134,14 @@ impl Ctx {
     }
 
     /// Protocol versions that a worker speaks which starts now; in peace everybody was upgraded.
-    pub fn versions(&mut self) -> (u32, u32) {
+    pub fn versions(&mut self) -> Speaks {
+        let newer = Speaks::OURS.highest + 1;
         match self.rng.below(3) {
-            _ if !self.setup.trouble.versions || self.peace => (1, 1),
-            0 => (1, 2),
-            1 => (2, 2),
-            _ => (1, 1),
+            _ if !self.setup.trouble.versions || self.peace => Speaks::OURS,
+            // The next one, which still knows ours, and one that gave ours up.
+            0 => Speaks { highest: newer, ..Speaks::OURS },
+            1 => Speaks { lowest: newer, highest: newer },
+            _ => Speaks::OURS,
         }
     }
 

@@ -6,7 +6,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-use watari_core::{handover::Gate, primary::Phase, record::Role};
+use watari_core::{handover::Gate, primary::Phase, record::Role, versions::Speaks};
 
 use crate::{coverage::Coverage, ctx::Setup, operator, world::World};
 
@@ -153,7 +153,7 @@ impl World {
             // A journal that is too small is a person's choice; here it is made. A worker that passes through is started
             // anew, and so is one of another version.
             let p = self.nodes[s].process.as_ref();
-            let upgraded = p.is_some_and(|p| p.pass_through || p.speaks != (1, 1));
+            let upgraded = p.is_some_and(|p| p.pass_through || p.speaks != Speaks::OURS);
             if self.ctx.setup.journal_bytes < 64 << 20 || upgraded {
                 self.process_gone(s);
             }

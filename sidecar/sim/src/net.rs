@@ -12,6 +12,7 @@ use watari_core::{
     record::Id,
     replica::Entry,
     storage::sim::SimRng,
+    versions::Speaks,
 };
 
 /// A frame on its way.
@@ -34,8 +35,7 @@ pub struct Hello {
     pub committed: Generation,
     pub staged: Vec<(Sequence, Sequence)>,
     pub virgin: bool,
-    /// The lowest and the highest protocol version that the worker speaks.
-    pub speaks: (u32, u32),
+    pub speaks: Speaks,
 }
 
 /// What a target answers to a commit list.

@@ -16,6 +16,7 @@ use watari_core::{
     slots::SlotFile,
     storage::sim::{SimMedium, SimStorage},
     tracker::Tracker,
+    versions::Speaks,
 };
 
 use crate::{
@@ -85,7 +86,7 @@ pub struct Process {
     pub pass_through: bool,
     pub log_broken: bool,
     /// Protocol versions that it speaks.
-    pub speaks: (u32, u32),
+    pub speaks: Speaks,
 }
 
 impl Process {
@@ -130,7 +131,7 @@ impl Process {
             untracked: node.untracked.clone(),
             pass_through: false,
             log_broken: node.log_broken,
-            speaks: (1, 1),
+            speaks: Speaks::OURS,
         }
     }
 
@@ -357,7 +358,7 @@ impl Process {
     }
 
     pub fn link_opened(&mut self, ctx: &mut Ctx, wire: WireId, hello: &Hello, dialer: bool) {
-        if hello.speaks.0 > self.speaks.1 || hello.speaks.1 < self.speaks.0 {
+        if self.speaks.common(hello.speaks).is_none() {
             ctx.cov.hit("a peer without a common version is refused");
             ctx.net.hang_up(wire, self.index);
             return;
@@ -397,7 +398,7 @@ impl Process {
         } else {
             self.met_as_listener(ctx, hello)
         }
-        if self.speaks.1 > 1 {
+        if self.speaks.highest > Speaks::OURS.highest {
             self.send(ctx, Body::Newer);
         }
     }

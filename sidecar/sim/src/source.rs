@@ -1,7 +1,7 @@
 //! The source's duty, as `sidecar/src/engine/{source,build}.rs` does it: polls, reads that go on step by step beside the
 //! guest's writes, frames, books, what must be compared, and what is forgotten when.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use watari_core::{
     geometry::{Block, DiskIndex, Extent, Generation, Sequence, Session, blocks_for},
@@ -45,7 +45,8 @@ pub struct Source {
     /// Generations given up so far, as last looked at.
     pub given_up: u64,
     pub jobs: Vec<Job>,
-    pub syncing: bool,
+    /// Syncs that are done and whose end is not known yet; the disks may be written to meanwhile.
+    pub syncing: VecDeque<Generation>,
     pub remainder_told: Option<Generation>,
     pub next_ask: u64,
     pub epoch: u64,
@@ -73,7 +74,7 @@ impl Source {
             listed: BTreeSet::new(),
             given_up: 0,
             jobs: Vec::new(),
-            syncing: false,
+            syncing: VecDeque::new(),
             remainder_told: None,
             next_ask: 0,
             epoch,
@@ -94,7 +95,7 @@ impl Source {
     }
 
     pub fn busy(&self) -> bool {
-        !self.jobs.is_empty() || self.syncing
+        !self.jobs.is_empty() || !self.syncing.is_empty()
     }
 }
 
@@ -311,7 +312,10 @@ impl Process {
                 let (generation, parent, entries, root) = (list.generation, list.parent, list.entries, list.root);
                 self.send(ctx, Body::List { generation, parent, entries, root });
             }
-            Step::SyncDisks => source.syncing = true,
+            Step::SyncDisks { generation } => {
+                source.syncing.push_back(generation);
+                self.dead |= !self.sync_disks(ctx);
+            }
             Step::Wait { until_millis } => {
                 let now = ctx.clock(self.index);
                 let idle = *source.primary.phase() == Phase::Idle && until_millis != u64::MAX;
@@ -364,25 +368,18 @@ impl Process {
         false
     }
 
-    /// The fdatasync that follows a commit, if one is under way.
+    /// The end of the fdatasync that follows a commit, if one is under way.
     pub fn source_sync(&mut self, ctx: &mut Ctx) -> bool {
-        if !self.source.as_ref().is_some_and(|s| s.syncing) {
-            return false;
-        }
-        let synced = self.sync_disks(ctx);
-        let Some(source) = &mut self.source else { return true };
-        source.syncing = false;
-        if !synced {
-            self.dead = true;
+        let Some(generation) = self.source.as_mut().and_then(|s| s.syncing.pop_front()) else { return false };
+        if !self.source.as_ref().is_some_and(|s| s.primary.awaits_sync(generation)) {
+            ctx.cov.hit("a sync ends whose commit is gone");
             return true;
         }
         // Durable before anything of it is forgotten: a source that starts anew must know a target's folder that is older.
-        if let Phase::Forgetting { generation, .. } = *source.primary.phase() {
-            let action = self.site.amend(|r| r.base = generation);
-            self.perform(ctx, vec![action]);
-        }
+        let action = self.site.amend(|r| r.base = generation);
+        self.perform(ctx, vec![action]);
         let Some(source) = self.source.as_mut().filter(|_| !self.dead) else { return true };
-        source.primary.forget(&self.tracker);
+        source.primary.forget(&self.tracker, generation);
         source.listed.clear();
         source.kept.clear();
         // Regions that were not written since the last sweep and have no mark go from the log.

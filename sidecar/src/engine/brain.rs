@@ -311,7 +311,7 @@ impl Brain {
                     source.verified(&check, checked);
                 }
             }
-            Event::DisksSynced(result) => self.disks_synced(result),
+            Event::DisksSynced(generation, result) => self.disks_synced(generation, result),
             Event::Wake => {}
             Event::Terminate => self.terminating = true,
         }
@@ -441,18 +441,20 @@ impl Brain {
         self.refresh_hello();
     }
 
-    fn disks_synced(&mut self, result: Result<(), String>) {
+    fn disks_synced(&mut self, generation: Generation, result: Result<(), String>) {
         let Some(source) = &mut self.source else { return };
         match result {
             Ok(()) => {
                 // Durable before anything of it is forgotten: a source that starts anew must know a target's folder that is
                 // older than this (watari-sim seed 14016).
-                if let Phase::Forgetting { generation, .. } = *source.primary.phase() {
-                    let action = self.parts.site.amend(|r| r.base = generation);
-                    self.perform(vec![action]);
+                if !source.primary.awaits_sync(generation) {
+                    // The commit went with the target's folder while the sync was under way.
+                    return;
                 }
+                let action = self.parts.site.amend(|r| r.base = generation);
+                self.perform(vec![action]);
                 let Some(source) = &mut self.source else { return };
-                source.disks_synced();
+                source.disks_synced(generation);
                 let base = source.primary.base();
                 if let Some(link) = &mut self.link
                     && !link.same_history

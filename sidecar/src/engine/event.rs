@@ -2,7 +2,10 @@
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, mpsc::UnboundedSender, oneshot};
-use watari_core::{front::Detach, geometry::Sequence};
+use watari_core::{
+    front::Detach,
+    geometry::{Generation, Sequence},
+};
 use watari_wire::replication::{ControlMessage, Hello};
 
 use super::{
@@ -56,7 +59,7 @@ pub enum Event {
         checked: Checked,
     },
     /// fdatasync of all disks after a commit.
-    DisksSynced(Result<(), String>),
+    DisksSynced(Generation, Result<(), String>),
     /// Something is dirty, or a generation must be given up.
     Wake,
     /// Stop when no guest is connected.

@@ -372,9 +372,11 @@ impl Source {
         }
     }
 
-    /// After the fdatasync that follows a commit: marks and cold regions are forgotten (I5).
-    pub fn disks_synced(&mut self) {
-        self.primary.forget(&self.shared.tracker);
+    /// After the fdatasync that follows this generation's commit: marks and cold regions are forgotten (I5).
+    pub fn disks_synced(&mut self, generation: Generation) {
+        if !self.primary.forget(&self.shared.tracker, generation) {
+            return;
+        }
         self.listed.clear();
         self.kept.clear();
         if self.compare.is_empty() {
@@ -471,7 +473,7 @@ impl Source {
                     self.listed.push(list.generation);
                     self.send_list(&list.generation, &list.parent, &list.entries, list.root, cut_at_millis);
                 }
-                Step::SyncDisks => self.sync_disks(),
+                Step::SyncDisks { generation } => self.sync_disks(generation),
                 Step::Wait { until_millis } => {
                     self.wait_until_millis = until_millis;
                     break;
@@ -537,14 +539,14 @@ impl Source {
         }
     }
 
-    fn sync_disks(&self) {
+    fn sync_disks(&self, generation: Generation) {
         let (disks, post) = (self.disks.clone(), self.post.clone());
         let work = move || {
             let result = disks.iter().try_for_each(|d| d.local().file().flush());
-            post(Event::DisksSynced(result.map_err(|e| format!("{e:?}"))));
+            post(Event::DisksSynced(generation, result.map_err(|e| format!("{e:?}"))));
         };
         if let Err(error) = thread::Builder::new().name("sync".into()).spawn(work) {
-            (self.post)(Event::DisksSynced(Err(error.to_string())));
+            (self.post)(Event::DisksSynced(generation, Err(error.to_string())));
         }
     }
 }

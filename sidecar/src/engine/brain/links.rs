@@ -6,16 +6,13 @@ use watari_core::{
     geometry::ActivationId,
     handover::{self, PeerRole},
     record::Role,
+    versions::Speaks,
 };
 use watari_store::trust::{self, FullCompareReason, Heard, StartState};
 use watari_wire::replication::{ControlMessage, Heartbeat, Hello, ReadReply, Refused};
 
 use super::*;
 use crate::engine::start::blocks_of;
-
-/// Protocol versions that this binary speaks.
-pub const PROTOCOL_MIN: u32 = 1;
-pub const PROTOCOL_MAX: u32 = 1;
 
 impl Brain {
     /// Our durable record, as the first message. `staged` only as a listener.
@@ -28,8 +25,8 @@ impl Brain {
             (None, None) => record.base,
         };
         Hello {
-            protocol_min: PROTOCOL_MIN,
-            protocol_max: PROTOCOL_MAX,
+            protocol_min: Speaks::OURS.lowest,
+            protocol_max: Speaks::OURS.highest,
             pair: convert::bytes(&record.pair),
             site: convert::bytes(&record.site),
             epoch: Some(convert::wire_epoch(record.epoch)),
@@ -70,10 +67,11 @@ impl Brain {
             let text = "the peer's folder is a copy of this one: each site needs a folder of its own";
             return Some(("SameFolder", text.into()));
         }
-        if hello.protocol_min > PROTOCOL_MAX || hello.protocol_max < PROTOCOL_MIN {
+        let (ours, theirs) = (Speaks::OURS, Speaks { lowest: hello.protocol_min, highest: hello.protocol_max });
+        if ours.common(theirs).is_none() {
             let text = format!(
-                "the peer speaks protocol {} to {}, this sidecar {PROTOCOL_MIN} to {PROTOCOL_MAX}: upgrade the older one",
-                hello.protocol_min, hello.protocol_max
+                "the peer speaks protocol {} to {}, this sidecar {} to {}: upgrade the older one",
+                theirs.lowest, theirs.highest, ours.lowest, ours.highest
             );
             return Some(("ProtocolTooOld", text));
         }
