@@ -43,7 +43,7 @@ fn waits(stage: FailoverStage, message: impl Into<String>) -> Next {
 
 /// Whether a wish for a failover can be taken up; the words say why not. `generation`: the one that was asked for.
 pub fn hindrance(pair_id: &str, vm: Option<&Value>, generation: Option<&str>, seen: &Side) -> Option<String> {
-    let Some(role) = seen.role() else { return None };
+    let role = seen.role()?;
     if accepts_writes(role) {
         return Some("The VM is active here already.".to_owned());
     }
