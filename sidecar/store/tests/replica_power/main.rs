@@ -50,7 +50,9 @@ fn lose_power_everywhere(life: &Life, events: &[Event<life::Note>], seed: u64, s
         let ways: &[Survives] = match (at % step, step) {
             (0, 1) => &SURVIVALS,
             // A sample: torn in most places, the others in turn.
-            (0, _) => std::slice::from_ref(&SURVIVALS[if at / step % 2 == 0 { 0 } else { at / step / 2 % 4 }]),
+            (0, _) => {
+                std::slice::from_ref(&SURVIVALS[if (at / step).is_multiple_of(2) { 0 } else { at / step / 2 % 4 }])
+            }
             _ => &[],
         };
         for way in ways {
