@@ -3,32 +3,18 @@
 //! The wish is written as `kubectl apply` would write it, with `atMove` filled in; whoever watches may go away, the move goes on.
 
 use std::io::Write;
-use std::time::{Duration, Instant};
 
 use kube::api::{Api, Patch, PatchParams};
-use serde::Serialize;
 use serde_json::json;
 use watari_crds::conditions::{Kind, Status};
 use watari_crds::crossing::{Site, Stage};
 use watari_crds::pair::SyncPair;
 
-use super::cli::{Cutover, Output};
+use super::cli::Cutover;
+use super::follow::{Followed, Standing, follow};
 use super::{Error, Outcome, api_error};
 
-/// How often the pair is looked at.
-const LOOK: Duration = Duration::from_secs(1);
-
-/// Where a move stands.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase", tag = "state", content = "words")]
-pub enum Standing {
-    UnderWay(String),
-    /// It waits for something, or an attempt failed and another one follows.
-    HeldUp(String),
-    Done(String),
-}
-
-/// Reads it from a pair that was asked to be at `to`.
+/// Reads where a move stands from a pair that was asked to be at `to`.
 pub fn standing(pair: &SyncPair, to: Site) -> Standing {
     let status = pair.status.clone().unwrap_or_default();
     if status.active_site == to && status.crossing.is_none() {
@@ -59,39 +45,15 @@ pub async fn run(api: &Api<SyncPair>, asked: &Cutover, out: &mut impl Write) -> 
     let to = asked.to.map_or(status.active_site.other(), Site::from);
     let patch = Patch::Merge(json!({ "spec": { "activeSite": to, "atMove": status.moves } }));
     api.patch(&asked.name, &PatchParams::default(), &patch).await.map_err(api_error("changing the SyncPair"))?;
-    let begin = Instant::now();
-    let mut said = None;
-    loop {
-        let pair = api.get(&asked.name).await.map_err(api_error("the SyncPair"))?;
-        // A status that speaks of an older spec says nothing about this wish.
-        let current = pair.metadata.generation == pair.status.as_ref().map(|status| status.observed_generation);
-        let now = match current {
-            true => standing(&pair, to),
-            false => Standing::HeldUp("The operator has not looked at it yet.".to_owned()),
-        };
-        if said.as_ref() != Some(&now) {
-            print(begin.elapsed(), &now, asked.output, out)?;
-            said = Some(now.clone());
-        }
-        match now {
-            Standing::Done(_) => return Ok(Outcome::Well),
-            Standing::UnderWay(_) | Standing::HeldUp(_) if asked.no_wait => return Ok(Outcome::Well),
-            Standing::UnderWay(_) | Standing::HeldUp(_) if begin.elapsed().as_secs() >= asked.timeout_seconds => {
-                return Ok(Outcome::NotWell);
-            }
-            Standing::UnderWay(_) | Standing::HeldUp(_) => tokio::time::sleep(LOOK).await,
-        }
-    }
-}
-
-pub(super) fn print(elapsed: Duration, now: &Standing, output: Output, out: &mut impl Write) -> Result<(), Error> {
-    match (output, now) {
-        (Output::Json, _) => writeln!(out, "{}", serde_json::to_string(now)?)?,
-        (Output::Table, Standing::UnderWay(words) | Standing::HeldUp(words) | Standing::Done(words)) => {
-            writeln!(out, "{:>4} s  {words}", elapsed.as_secs())?;
-        }
-    }
-    Ok(out.flush()?)
+    let followed = Followed {
+        what: "the SyncPair",
+        name: &asked.name,
+        no_wait: asked.no_wait,
+        timeout_seconds: asked.timeout_seconds,
+        output: asked.output,
+    };
+    let observed = |pair: &SyncPair| pair.status.as_ref().map(|status| status.observed_generation);
+    follow(api, &followed, observed, |pair| standing(pair, to), out).await
 }
 
 #[cfg(test)]

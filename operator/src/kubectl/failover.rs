@@ -3,7 +3,7 @@
 //! The wish is the SyncReplica's `spec.promote`, with `atMove` filled in; whoever watches may go away, the failover goes on.
 
 use std::io::{BufRead, IsTerminal, Write};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
 use jiff::Timestamp;
@@ -14,13 +14,10 @@ use watari_crds::failover::FailoverStage;
 use watari_crds::replica::SyncReplica;
 
 use super::cli::Output;
-use super::cutover::{Standing, print};
+use super::follow::{Followed, Standing, follow, print};
 use super::table::seconds;
 use super::{Error, Outcome, api_error};
 use crate::side::accepts_writes;
-
-/// How often the replica is looked at.
-const LOOK: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
 #[command(
@@ -54,8 +51,9 @@ pub struct Failover {
 pub enum Prospect {
     /// It would do this.
     Possible(Vec<(&'static str, String)>),
-    /// It is done already, or cannot be.
+    /// It is done already.
     Nothing(String),
+    /// It cannot be done.
     Impossible(String),
 }
 
@@ -143,37 +141,15 @@ pub async fn run(api: &Api<SyncReplica>, asked: &Failover, out: &mut impl Write)
     let wish = json!({ "atMove": at_move, "generation": asked.generation });
     let patch = Patch::Merge(json!({ "spec": { "promote": wish } }));
     api.patch(&asked.name, &PatchParams::default(), &patch).await.map_err(api_error("changing the SyncReplica"))?;
-    follow(api, asked, at_move, out).await
-}
-
-async fn follow(
-    api: &Api<SyncReplica>,
-    asked: &Failover,
-    at_move: i64,
-    out: &mut impl Write,
-) -> Result<Outcome, Error> {
-    let begin = Instant::now();
-    let mut said = None;
-    loop {
-        let replica = api.get(&asked.name).await.map_err(api_error("the SyncReplica"))?;
-        let current = replica.metadata.generation == replica.status.as_ref().map(|status| status.observed_generation);
-        let now = match current {
-            true => standing(&replica, at_move),
-            false => Standing::HeldUp("The operator has not looked at it yet.".to_owned()),
-        };
-        if said.as_ref() != Some(&now) {
-            print(begin.elapsed(), &now, asked.output, out)?;
-            said = Some(now.clone());
-        }
-        match now {
-            Standing::Done(_) => return Ok(Outcome::Well),
-            Standing::UnderWay(_) | Standing::HeldUp(_) if asked.no_wait => return Ok(Outcome::Well),
-            Standing::UnderWay(_) | Standing::HeldUp(_) if begin.elapsed().as_secs() >= asked.timeout_seconds => {
-                return Ok(Outcome::NotWell);
-            }
-            Standing::UnderWay(_) | Standing::HeldUp(_) => tokio::time::sleep(LOOK).await,
-        }
-    }
+    let followed = Followed {
+        what: "the SyncReplica",
+        name: &asked.name,
+        no_wait: asked.no_wait,
+        timeout_seconds: asked.timeout_seconds,
+        output: asked.output,
+    };
+    let observed = |replica: &SyncReplica| replica.status.as_ref().map(|status| status.observed_generation);
+    follow(api, &followed, observed, |replica| standing(replica, at_move), out).await
 }
 
 fn show(plan: &[(&'static str, String)], output: Output, out: &mut impl Write) -> Result<(), Error> {

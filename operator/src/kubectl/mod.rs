@@ -8,6 +8,7 @@ pub mod cli;
 pub mod connect;
 pub mod cutover;
 pub mod failover;
+pub mod follow;
 pub mod status;
 pub mod table;
 
