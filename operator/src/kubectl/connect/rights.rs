@@ -1,5 +1,5 @@
 //! What a site grants a peer, as server-side apply bodies: exactly what the chart makes of its value `peers`
-//! (`charts/watari/templates/peers.yaml`; a test on a cluster compares the two).
+//! (`charts/watari/templates/peers.yaml`; a test compares the rules).
 
 use serde_json::{Value, json};
 use watari_crds::names::{self, label};
@@ -59,4 +59,25 @@ fn granted(name: &str, namespace: &str, rule: &Value, site: &str, account_namesp
         "subjects": [{ "kind": "ServiceAccount", "name": account(site), "namespace": account_namespace }],
     });
     [role, binding]
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    /// The rules of each Role in the template: they are written out there, without any value.
+    fn of_the_chart() -> Vec<Value> {
+        let text = include_str!("../../../../charts/watari/templates/peers.yaml");
+        let rules = text.split("\nrules:\n").skip(1).map(|rest| rest.split("---").next().unwrap());
+        rules.map(|rules| serde_saphyr::from_str(rules).unwrap()).collect()
+    }
+
+    #[test]
+    fn connect_grants_what_the_chart_grants() {
+        let [card, _] = card_rules("tokyo", "watari-system");
+        let [replicas, _] = replica_rules("tokyo", "shop", "watari-system");
+        assert_eq!(of_the_chart(), [card["rules"].clone(), replicas["rules"].clone()]);
+    }
 }
