@@ -30,7 +30,7 @@ async fn story(play: &Play) -> anyhow::Result<()> {
     play.synchronised().await?;
     let (run, whole) = written_and_committed(play).await?;
 
-    play.link("cut")?;
+    play.ours.link("cut")?;
     let replicas: Api<SyncReplica> = play.scene.api(&b.client);
     let status =
         async || -> anyhow::Result<SyncReplicaStatus> { Ok(replicas.get("shop").await?.status.unwrap_or_default()) };
@@ -50,7 +50,7 @@ async fn story(play: &Play) -> anyhow::Result<()> {
     // Once more is once.
     eprintln!("{}", failover(&["--yes"]).await?);
 
-    play.link("restore")?;
+    play.ours.link("restore")?;
     let words = play.until_condition("Diverged").await?;
     ensure!(words.contains("bytes that it wrote alone"), "{words}");
     play.until_printable(a, "Stopped").await?;

@@ -32,7 +32,7 @@ async fn play(scene: &Scene) -> anyhow::Result<()> {
     let (a, b) = (&scene.pair.a.client, &scene.pair.b.client);
     let peers: Api<PeerCluster> = Api::all(a.clone());
     until("the PeerCluster to be ready", async || {
-        let peer = serde_json::to_value(peers.get(&scene.peer()).await?)?;
+        let peer = serde_json::to_value(peers.get(scene.peer()).await?)?;
         Ok(condition(&peer, "Ready").filter(|(status, _)| status == "True"))
     })
     .await?;

@@ -1,9 +1,6 @@
 //! Watari itself comes and goes while a pair runs: an upgrade, and an uninstallation with everything left as it is.
 
-use anyhow::{Context as _, ensure};
-use k8s_openapi::api::core::v1::Pod;
-use kube::Api;
-use kube::api::ListParams;
+use anyhow::ensure;
 
 use crate::play::Play;
 use crate::scene::until;
@@ -47,12 +44,5 @@ impl Play {
             Ok((now.is_some() && now != before).then_some(()))
         })
         .await
-    }
-
-    pub async fn running_pod(&self, cluster: &watari_clusters::handle::Cluster) -> anyhow::Result<Pod> {
-        let pods: Api<Pod> = self.scene.api(&cluster.client);
-        let list = pods.list(&ListParams::default().labels("kubevirt.io=virt-launcher")).await?;
-        let running = |pod: &Pod| pod.status.as_ref().and_then(|it| it.phase.as_deref()) == Some("Running");
-        list.items.into_iter().find(running).context("a VM that runs has a Pod")
     }
 }

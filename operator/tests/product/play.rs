@@ -10,7 +10,6 @@ use kubevirt_standin::guest::Guest;
 use kubevirt_standin::install;
 use serde_json::{Value, json};
 use watari_clusters::handle::{Cluster, Ours};
-use watari_clusters::keeper;
 use watari_clusters::provision::LOCAL_CLASS;
 use watari_crds::pair::{Phase, SyncPair, SyncPairStatus};
 use watari_crds::replica::SyncReplica;
@@ -39,7 +38,7 @@ impl Play {
         install::up(&ours, &program).await?;
         let play = Play { scene, ours };
         let result = story(&play).await;
-        play.link("restore")?;
+        play.ours.link("restore")?;
         if result.is_err() {
             eprintln!("{}", play.scene.logs().await);
             play.collect().await;
@@ -176,16 +175,17 @@ impl Play {
         Ok((status, bytes))
     }
 
-    /// Commands the line between the clusters.
-    pub fn link(&self, command: &str) -> anyhow::Result<String> {
-        Ok(keeper::link(&self.ours.folders, self.ours.a(), self.ours.b(), command)?)
-    }
-
     /// Bytes that have crossed the line, both ways.
     fn bytes(&self) -> anyhow::Result<u64> {
-        let stats: Value = serde_json::from_str(&self.link("stats")?)?;
-        let way = |way: &str| stats[way]["counters"]["delivered_bytes"].as_u64().context("the link counts bytes");
-        Ok(way("a_to_b")? + way("b_to_a")?)
+        let stats = self.ours.link("stats")?;
+        Ok(stats.a_to_b.counters.delivered_bytes + stats.b_to_a.counters.delivered_bytes)
+    }
+
+    pub async fn running_pod(&self, cluster: &Cluster) -> anyhow::Result<Pod> {
+        let pods: Api<Pod> = self.scene.api(&cluster.client);
+        let list = pods.list(&ListParams::default().labels("kubevirt.io=virt-launcher")).await?;
+        let running = |pod: &Pod| pod.status.as_ref().and_then(|it| it.phase.as_deref()) == Some("Running");
+        list.items.into_iter().find(running).context("a VM that runs has a Pod")
     }
 
     pub async fn guest(&self, cluster: &Cluster) -> anyhow::Result<Guest> {
