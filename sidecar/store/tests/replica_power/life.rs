@@ -9,13 +9,14 @@ use watari_core::{
     frame::{Frame, FrameHeader, FrameId},
     geometry::{BLOCK_BYTES, DiskIndex, Extent, Generation, GenerationNumber, Sequence, Session},
     replica::{CommitAnswer, CommitList, Entry, JournalLimits, Options, Policy, ReplicaError, ReplicaStore, list},
+    storage::sim::SimRng,
 };
 use watari_store::{
     folder::{DiskImages, Folder},
     replica::{FileReplica, Zstd},
 };
 
-use crate::trace::{Change, Event, IMAGE, Random, Recorder, Trace};
+use crate::trace::{Change, Event, IMAGE, Recorder, Trace};
 
 const BLOCKS: u64 = 24;
 /// The disk ends within its last block.
@@ -137,7 +138,7 @@ impl Life {
             let (sent, owner) = Default::default();
             let mut living =
                 Living { store, trace: trace.clone(), content, sent, owner, model, session: 0, sequence: 1, next };
-            let outcome = living.go_on(&mut Random(seed));
+            let outcome = living.go_on(&mut SimRng(seed));
             assert_eq!(outcome.is_err(), fails_at.is_some(), "{outcome:?}");
             model = living.model;
         }
@@ -255,7 +256,7 @@ where
 }
 
 impl Living {
-    fn go_on(&mut self, random: &mut Random) -> Result<(), ReplicaError> {
+    fn go_on(&mut self, random: &mut SimRng) -> Result<(), ReplicaError> {
         self.new_session()?;
         for _ in 0..STEPS {
             match random.below(16) {
@@ -287,7 +288,7 @@ impl Living {
         self.store.kept().iter().map(|mark| mark.generation.number.0).collect()
     }
 
-    fn write(&mut self, random: &mut Random) -> Result<(), ReplicaError> {
+    fn write(&mut self, random: &mut SimRng) -> Result<(), ReplicaError> {
         let start = random.below(BLOCKS);
         let extent = Extent::new(start, 1 + random.below((BLOCKS - start).min(6)) as u32);
         let fill = if random.below(6) == 0 { 0 } else { (self.sequence % 190) as u8 + 1 };
@@ -343,7 +344,7 @@ impl Living {
     }
 
     /// Back to an older kept generation; the source begins anew.
-    fn roll_back(&mut self, random: &mut Random) -> Result<(), ReplicaError> {
+    fn roll_back(&mut self, random: &mut SimRng) -> Result<(), ReplicaError> {
         let kept = self.kept();
         if kept.is_empty() || self.store.manifest().rolling_back.is_some() {
             return Ok(());

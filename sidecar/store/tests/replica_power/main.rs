@@ -17,8 +17,8 @@ use std::{
 };
 
 use life::{Knows, Life};
-use trace::{Event, Medium, Random, SURVIVALS, Survives, Trace, lay_out};
-use watari_core::slots::SlotFile;
+use trace::{Event, Medium, SURVIVALS, Survives, Trace, lay_out};
+use watari_core::{slots::SlotFile, storage::sim::SimRng};
 use watari_store::folder::Folder;
 
 fn wanted() -> Option<u64> {
@@ -26,7 +26,7 @@ fn wanted() -> Option<u64> {
 }
 
 /// Recover from one image of the medium; panics if something is missing.
-fn recover(base: &Path, life: &Life, knows: &Knows, medium: &Medium, survives: Survives, random: &mut Random) {
+fn recover(base: &Path, life: &Life, knows: &Knows, medium: &Medium, survives: Survives, random: &mut SimRng) {
     let root = tempfile::tempdir_in(base).expect("tempdir");
     lay_out(root.path(), &medium.after_power_loss(survives, random));
     life.check(root.path(), knows);
@@ -41,7 +41,7 @@ fn base() -> tempfile::TempDir {
 /// Power lost after every `step`-th event of a life; the number of recoveries, and the first words of a failure.
 fn lose_power_everywhere(life: &Life, events: &[Event<life::Note>], seed: u64, step: usize) -> Result<usize, String> {
     let base = base();
-    let mut random = Random(seed ^ 0x5eed);
+    let mut random = SimRng(seed ^ 0x5eed);
     let (mut medium, mut knows) = (Medium::with_image(life.first_image()), Knows::default());
     let mut recoveries = 0;
     for (at, event) in events.iter().enumerate() {
@@ -91,7 +91,7 @@ fn a_replica_whose_medium_fails_at_any_call_asks_it_nothing_more_and_opens_with_
     for seed in 1..=seeds {
         let calls = Life::live(seed, None).events.iter().filter(|e| !matches!(e, Event::Note(_))).count();
         let base = base();
-        let mut random = Random(seed);
+        let mut random = SimRng(seed);
         for at in (0..calls).step_by(step) {
             let life = Life::live(seed, Some(at));
             let failed = life.events.iter().position(|e| matches!(e, Event::Failed));
@@ -125,7 +125,7 @@ fn a_role_record_whose_power_fails_after_any_call_is_the_last_one_answered_or_th
         slot.write(&mut folder, &payload(n)).expect("write");
         trace.note(n);
     }
-    let mut random = Random(7);
+    let mut random = SimRng(7);
     let (mut medium, mut answered, mut recoveries) = (Medium::default(), None, 0);
     for (at, event) in trace.events().iter().enumerate() {
         medium.feed(event);

@@ -12,11 +12,12 @@ use std::{
 use watari_core::{
     geometry::DiskIndex,
     replica::Images,
-    storage::{Storage, StorageError},
+    storage::{
+        Storage, StorageError,
+        sim::{SECTOR_BYTES, SimRng},
+    },
 };
 
-/// Bytes that a medium writes in one piece.
-const SECTOR_BYTES: usize = 512;
 /// The name that the only disk's image goes by; the folder's files have their own.
 pub const IMAGE: &str = "disk.img";
 
@@ -161,21 +162,6 @@ impl<T: Images, N: Clone> Images for Recorder<T, N> {
     }
 }
 
-/// SplitMix64: the same numbers for the same seed.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound
-    }
-    fn half(&mut self) -> bool {
-        self.below(2) == 0
-    }
-}
-
 /// What survives of all that was not synced.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Survives {
@@ -233,7 +219,7 @@ impl Medium {
     }
 
     /// What a start may find: content by name.
-    pub fn after_power_loss(&self, survives: Survives, random: &mut Random) -> BTreeMap<String, Vec<u8>> {
+    pub fn after_power_loss(&self, survives: Survives, random: &mut SimRng) -> BTreeMap<String, Vec<u8>> {
         let mut found = BTreeMap::new();
         let mut all: Vec<&String> = self.names.keys().chain(self.durable_names.keys()).collect();
         all.sort();
@@ -244,7 +230,7 @@ impl Medium {
                 Survives::Nothing => old,
                 Survives::Everything => new,
                 Survives::Changes | Survives::Sectors => {
-                    if random.half() {
+                    if random.one_in(2) {
                         old
                     } else {
                         new
@@ -260,17 +246,17 @@ impl Medium {
 }
 
 impl File {
-    fn after_power_loss(&self, survives: Survives, random: &mut Random) -> Vec<u8> {
+    fn after_power_loss(&self, survives: Survives, random: &mut SimRng) -> Vec<u8> {
         let mut content = self.durable.clone();
         for change in &self.unsynced {
             match survives {
                 Survives::Nothing => {}
                 Survives::Everything => put(&mut content, change, &mut |_| true),
                 Survives::Changes => {
-                    let kept = random.half();
+                    let kept = random.one_in(2);
                     put(&mut content, change, &mut |_| kept);
                 }
-                Survives::Sectors => put(&mut content, change, &mut |_| random.half()),
+                Survives::Sectors => put(&mut content, change, &mut |_| random.one_in(2)),
             }
         }
         content
