@@ -15,8 +15,8 @@ pub enum Error {
     Missing { package: String, path: PathBuf },
 }
 
-/// The target triple of the guest's program: gnu with a static C library, which every Rust tool chain has.
-const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The target triple of static programs: gnu with a static C library, which every Rust tool chain has.
+const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The workspace's root folder.
 pub fn workspace() -> &'static Path {
@@ -31,25 +31,34 @@ pub fn target_folder() -> PathBuf {
     }
 }
 
-/// Path of a workspace binary (e.g. `watari-sidecar`), freshly built in the profile of the running program
-/// (`WATARI_E2E_PROFILE=release` for benchmarks). Cargo is asked once per process and binary.
+/// The profile of the running program's binaries: `WATARI_E2E_PROFILE=release` for benchmarks.
+pub fn profile() -> String {
+    std::env::var("WATARI_E2E_PROFILE").unwrap_or_else(|_| "dev".into())
+}
+
+/// Cargo's folder for a profile.
+fn folder(profile: &str) -> &str {
+    if profile == "dev" { "debug" } else { profile }
+}
+
+/// Path of a workspace binary (e.g. `watari-sidecar`), freshly built in [`profile`]. Cargo is asked once per process and binary.
 pub fn binary(package: &str, name: &str) -> Result<PathBuf, Error> {
-    let profile = std::env::var("WATARI_E2E_PROFILE").unwrap_or_else(|_| "dev".into());
-    let folder = if profile == "dev" { "debug" } else { &profile };
-    let path = target_folder().join(folder).join(name);
+    let profile = profile();
+    let path = target_folder().join(folder(&profile)).join(name);
     build(package, &["--profile", &profile, "--bin", name], None, path)
+}
+
+/// Path of the binary of the package of the same name, as one static, stripped file.
+pub fn static_binary(name: &str, profile: &str) -> Result<PathBuf, Error> {
+    let path = target_folder().join(STATIC_TARGET).join(folder(profile)).join(name);
+    // `--target` keeps these flags away from build scripts and from everybody else's artifacts.
+    let arguments = ["--profile", profile, "--target", STATIC_TARGET, "--bin", name];
+    build(name, &arguments, Some("-C target-feature=+crt-static -C strip=symbols"), path)
 }
 
 /// Path of the static guest program.
 pub fn guest_binary() -> Result<PathBuf, Error> {
-    let path = target_folder().join(GUEST_TARGET).join("release").join("watari-guest");
-    // `--target` keeps these flags away from build scripts and from everybody else's artifacts.
-    build(
-        "watari-guest",
-        &["--release", "--target", GUEST_TARGET],
-        Some("-C target-feature=+crt-static -C strip=symbols"),
-        path,
-    )
+    static_binary("watari-guest", "release")
 }
 
 fn build(package: &str, arguments: &[&str], rustflags: Option<&str>, path: PathBuf) -> Result<PathBuf, Error> {

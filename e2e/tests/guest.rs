@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use watari_e2e::guest::Control;
 use watari_e2e::image;
+use watari_e2e::process::wait_until;
 use watari_e2e::qemu::{Backing, Machine, Qemu, Start};
 use watari_e2e::site::TestBed;
 use watari_e2e::wan::Shape;
@@ -152,11 +153,7 @@ fn a_pause_of_the_machine_is_measured_from_inside() -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis(2500));
         guest.reset_gaps()?;
         // A gap lies between two durable writes: the first must be there before the stop (seen missing once).
-        let begin = Instant::now();
-        while guest.stats()?.gaps.fsync_ms == 0.0 {
-            ensure!(begin.elapsed() < ANSWER, "no durable writes");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        wait_until("a durable write", ANSWER, || guest.stats().ok().filter(|stats| stats.gaps.fsync_ms > 0.0))?;
         let mark = vm.qmp.mark();
         vm.qmp.execute("stop", serde_json::json!({}))?;
         std::thread::sleep(Duration::from_millis(asked_ms));

@@ -26,8 +26,6 @@ pub const SIDECAR_IMAGE: &str = "watari.internal/watari-sidecar:dev";
 pub const OPERATOR_IMAGE: &str = "watari.internal/watari-operator:dev";
 /// Debian's static busybox (package busybox-static).
 pub const BUSYBOX: &str = "/bin/busybox";
-/// The target that `make static` uses; it keeps the flags away from build scripts.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Why an image is not there.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +34,8 @@ pub enum Error {
     Folder(#[from] folders::Error),
     #[error(transparent)]
     Node(#[from] node::Error),
+    #[error(transparent)]
+    Build(#[from] build::Error),
     #[error("{program}: {message}")]
     Tool { program: String, message: String },
 }
@@ -153,8 +153,7 @@ pub fn ensure_base(folders: &Folders) -> Result<(), Error> {
 
 /// Builds the sidecar as one static program and packs it, alone, into an image.
 pub fn ensure_sidecar(folders: &Folders) -> Result<(), Error> {
-    let profile = std::env::var("WATARI_E2E_PROFILE").unwrap_or_else(|_| "dev".into());
-    pack_static(&folders.images(), "watari-sidecar", &profile, SIDECAR_IMAGE).map(drop)
+    pack_static(&folders.images(), "watari-sidecar", &build::profile(), SIDECAR_IMAGE).map(drop)
 }
 
 /// Both images as users get them, static and in release, under the names of the chart's values. Answers their archives.
@@ -168,13 +167,7 @@ pub fn release(folder: &Path) -> Result<[PathBuf; 2], Error> {
 
 /// Builds `program` (of the package of the same name) as one static file, which is all that the image holds.
 fn pack_static(folder: &Path, program: &str, profile: &str, image: &str) -> Result<PathBuf, Error> {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(["build", "--quiet", "-p", program, "--bin", program, "--target", TARGET, "--profile", profile]);
-    // As the guest's program is built, so that they share what they are made of.
-    command.env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols").current_dir(build::workspace());
-    tool(&mut command)?;
-    let built =
-        build::target_folder().join(TARGET).join(if profile == "dev" { "debug" } else { profile }).join(program);
+    let built = build::static_binary(program, profile)?;
     let scratch = Scratch::create(folder, &format!("{program}-tree"))?;
     std::fs::copy(&built, scratch.0.join(program)).map_err(folders::at(&built))?;
     let image = Image { name: image, config: json!({ "Entrypoint": [format!("/{program}")] }) };
