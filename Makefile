@@ -11,7 +11,7 @@ ARGS ?=
 MINUTES ?= 10
 SEEDS ?= 10000000
 SECONDS ?= 60
-# What needs a Kubernetes client, minutes of building: .ci/run tests it apart, `make e2e` on clusters.
+# What needs a Kubernetes client, minutes of building: .ci/run tests it too (`make test NOT_CLUSTERS=`), `make e2e` on clusters.
 NOT_CLUSTERS := --exclude watari-clusters --exclude kubevirt-standin --exclude watari-crds --exclude watari-operator
 
 help: ## list these targets

@@ -445,12 +445,12 @@ impl Brain {
         let Some(source) = &mut self.source else { return };
         match result {
             Ok(()) => {
-                // Durable before anything of it is forgotten: a source that starts anew must know a target's folder that is
-                // older than this (watari-sim seed 14016).
                 if !source.primary.awaits_sync(generation) {
                     // The commit went with the target's folder while the sync was under way.
                     return;
                 }
+                // Durable before anything of it is forgotten: a source that starts anew must know a target's folder that is
+                // older than this (watari-sim seed 14016).
                 let action = self.parts.site.amend(|r| r.base = generation);
                 self.perform(vec![action]);
                 let Some(source) = &mut self.source else { return };
