@@ -30,10 +30,17 @@ async fn story(play: &Play) -> anyhow::Result<()> {
     play.synchronised().await?;
     let (run, whole) = written_and_committed(play).await?;
 
-    play.ours.link("cut")?;
     let replicas: Api<SyncReplica> = play.scene.api(&b.client);
     let status =
         async || -> anyhow::Result<SyncReplicaStatus> { Ok(replicas.get("shop").await?.status.unwrap_or_default()) };
+    // The peer's operator looks now and then: what it would boot from is what it knows.
+    until("the peer to know its generation", async || {
+        let status = status().await?;
+        Ok((status.home_answers && status.committed.is_some()).then_some(()))
+    })
+    .await?;
+
+    play.ours.link("cut")?;
     let failover = async |more: &[&str]| {
         let arguments = ["failover", "shop", "-n", &play.scene.namespace];
         play.scene.sites[1].kubectl_watari(&[&arguments[..], more].concat()).await

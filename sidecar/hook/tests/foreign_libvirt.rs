@@ -4,7 +4,9 @@
 
 mod common;
 
-use std::{path::Path, process::Command};
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use common::{FIXTURES, fixture, options, synced};
 use watari_hook::lossy::lossy;
@@ -60,17 +62,44 @@ fn every_output_is_valid_by_libvirts_schema() {
 }
 
 /// libvirt's QEMU driver inside virsh, with a root of its own: no daemon.
-fn native(folder: &Path, file: &str) -> (bool, String) {
-    let uri = format!("qemu:///embed?root={}", folder.join("libvirt").display());
-    run("virsh", &["-c", &uri, "domxml-to-native", "qemu-argv", "--xml", file])
+///
+/// In a new root the driver asks each QEMU twice what it can do, so tests that run at the same time share one, and take turns.
+struct Driver {
+    root: tempfile::TempDir,
+    turn: Mutex<()>,
+}
+
+impl Driver {
+    fn shared() -> Arc<Driver> {
+        static SHARED: Mutex<Weak<Driver>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(driver) = shared.upgrade() {
+            return driver;
+        }
+        let driver = Arc::new(Driver { root: tempfile::tempdir().expect("a temporary folder"), turn: Mutex::new(()) });
+        *shared = Arc::downgrade(&driver);
+        driver
+    }
+
+    /// What QEMU would be started with; else the driver's objection.
+    ///
+    /// The driver waits until each QEMU that it asked is gone. They are nobody's children, so how soon depends on process 1, which
+    /// in some containers looks every two seconds only; in a process namespace of its own it is a shell, which looks at once.
+    fn native(&self, file: &str) -> (bool, String) {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let uri = format!("qemu:///embed?root={}", self.root.path().join("libvirt").display());
+        let apart = ["--pid", "--fork", "--kill-child=KILL", "--mount-proc", "sh", "-c", "\"$@\"; exit $?", "sh"];
+        let virsh = ["virsh", "-c", &uri, "domxml-to-native", "qemu-argv", "--xml", file];
+        run("unshare", &[&apart[..], &virsh[..]].concat())
+    }
 }
 
 #[test]
 fn libvirt_and_qemu_take_each_served_disk_with_its_socket_delay_and_policies() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (folder, driver) = (tempfile::tempdir().expect("a temporary folder"), Driver::shared());
     for (name, volumes, _) in FIXTURES.iter().filter(|(n, ..)| *n != "left_alone") {
         let file = output_file(folder.path(), name, |xml| plain(xml).replace("type=\"kvm\"", "type=\"qemu\""));
-        let (taken, text) = native(folder.path(), &file);
+        let (taken, text) = driver.native(&file);
         assert!(taken, "{name}: {text}");
         for volume in *volumes {
             let blockdev = format!(
@@ -89,11 +118,11 @@ fn libvirt_and_qemu_take_each_served_disk_with_its_socket_delay_and_policies() {
 #[test]
 fn the_form_that_kubevirt_hands_back_is_one_that_would_go_to_a_tcp_port_if_we_did_nothing() {
     // The trap that makes rewriting fully each time necessary: libvirt accepts the lossy form, without our socket.
-    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (folder, driver) = (tempfile::tempdir().expect("a temporary folder"), Driver::shared());
     let file = output_file(folder.path(), "virtio_cloudinit_disk", |xml| {
         plain(lossy(xml.as_bytes()).expect("well-formed")).replace("type=\"kvm\"", "type=\"qemu\"")
     });
-    let (taken, text) = native(folder.path(), &file);
+    let (taken, text) = driver.native(&file);
     assert!(taken, "{text}");
     assert!(text.contains("\"type\":\"inet\"") && !text.contains("/var/run/watari/root.sock"), "{text}");
 }
