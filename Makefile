@@ -11,8 +11,6 @@ ARGS ?=
 MINUTES ?= 10
 SEEDS ?= 10000000
 SECONDS ?= 60
-# What needs a Kubernetes client, minutes of building: .ci/run tests it too (`make test NOT_CLUSTERS=`), `make e2e` on clusters.
-NOT_CLUSTERS := --exclude watari-clusters --exclude kubevirt-standin --exclude watari-crds --exclude watari-operator
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,17 +29,17 @@ static: tools ## build the sidecar as one static binary
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --target x86_64-unknown-linux-gnu -p watari-sidecar
 
 images: tools ## build both images as archives in target/images, for `docker load -i` or `skopeo copy docker-archive:…` (minutes)
-	cargo run -q -p watari-clusters -- pack $(abspath $(TARGET_DIR))/images
+	cargo run -q --bin watari-clusters -- pack $(abspath $(TARGET_DIR))/images
 
 test: setup tools ## run every test (as root: whole-system tests make namespaces and boot guests)
 	@mkdir -p $(TARGET_DIR)
-	@status=0; cargo test --workspace $(NOT_CLUSTERS) --no-fail-fast 2>&1 | tee $(TARGET_DIR)/test.log || status=$$?; \
+	@status=0; cargo test --workspace --no-fail-fast 2>&1 | tee $(TARGET_DIR)/test.log || status=$$?; \
 	awk '/^test result:/ { passed += $$4; failed += $$6; skipped += $$8 } \
 	     END { printf "\n%d passed, %d failed, %d skipped\n", passed, failed, skipped; exit passed == 0 }' $(TARGET_DIR)/test.log; \
 	exit $$status
 
 unit: tools ## run the tests of all crates, without the whole-system ones
-	cargo test --workspace --exclude watari-e2e $(NOT_CLUSTERS)
+	cargo test --workspace --exclude watari-e2e
 
 fmt: tools ## format the code
 	cargo fmt --all
@@ -57,12 +55,12 @@ deny: ## licences, duplicate and banned dependencies (needs cargo-deny, see deny
 
 demo: ## move a running VM over an emulated WAN, with a progress view, and compare (as root)
 	e2e/setup.sh demo
-	cargo run -q -p watari-e2e --bin watari-demo -- $(ARGS)
+	cargo run -q --bin watari-demo -- $(ARGS)
 
 soak: ## the long tests: 200 kills and 20 moves on real QEMU, millions of simulated histories (as root; ARGS narrows the first)
 	e2e/setup.sh test
 	cargo run --profile soak -p watari-sim -- soak --minutes $(MINUTES) --seeds $(SEEDS)
-	cargo run --release -p watari-e2e --bin watari-soak -- $(ARGS)
+	cargo run --release --bin watari-soak -- $(ARGS)
 
 fuzz: tools ## every decoder under libFuzzer, SECONDS each (needs cargo-fuzz, see sidecar/fuzz/README.md)
 	@command -v cargo-fuzz >/dev/null || { echo "cargo-fuzz is missing: cargo install --locked cargo-fuzz (a minute or two)"; exit 1; }
@@ -74,23 +72,19 @@ fuzz: tools ## every decoder under libFuzzer, SECONDS each (needs cargo-fuzz, se
 
 bench: ## measure everything beside its peers: a table, docs/BENCHMARKS.md and plots (as root; ARGS="--only F3,F5", --quick, --help)
 	e2e/setup.sh bench
-	cargo build --release -q -p watari-sidecar
-	cargo run --release -q -p watari-e2e --bin watari-bench -- $(ARGS)
+	cargo build --release -q --workspace --bin watari-sidecar
+	cargo run --release -q --bin watari-bench -- $(ARGS)
 
 # What is built from Go modules is kept outside the work tree: e2e/clusters/README.md.
 clusters: tools ## bring two Kubernetes clusters up, with an emulated WAN between them (as root; ARGS="--nodes 2 rate=1G delay=10ms"; KUBEVIRT_DIR=… deploys KubeVirt)
 	e2e/setup.sh clusters
-	cargo run -q -p watari-clusters -- up $(ARGS)
-	cargo run -q -p watari-clusters -- images
-	@[ -z "$${KUBEVIRT_DIR:-}" ] || cargo run -q -p watari-clusters -- kubevirt up
+	cargo run -q --bin watari-clusters -- up $(ARGS)
+	cargo run -q --bin watari-clusters -- images
+	@[ -z "$${KUBEVIRT_DIR:-}" ] || cargo run -q --bin watari-clusters -- kubevirt up
 
 clusters-down: tools ## take the clusters off this machine
-	cargo run -q -p watari-clusters -- down
+	cargo run -q --bin watari-clusters -- down
 
 e2e: tools ## run the tests that need clusters, on ours (which stay up) or on two others (e2e/clusters/README.md)
 	@[ -n "$${WATARI_E2E_KUBECONFIG_A:-}" ] || $(MAKE) clusters
-	cargo test -p watari-clusters -p kubevirt-standin --lib --bins
-	cargo test -p watari-clusters --features on-clusters --test clusters -- --test-threads 1
-	cargo test -p kubevirt-standin --features on-clusters --test standin -- --test-threads 1
-	cargo test -p watari-crds --features on-clusters --test rules -- --test-threads 1
-	cargo test -p watari-operator --features on-clusters --test admission --test product -- --test-threads 1
+	cargo test --workspace --test clusters --test standin --test rules --test admission --test product -- --test-threads 1

@@ -7,6 +7,7 @@
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use strum::{EnumIter, EnumMessage, IntoStaticStr};
 
 /// One condition, with the fields of Kubernetes' own `metav1.Condition`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -34,7 +35,7 @@ pub enum Status {
 }
 
 /// The types of conditions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, EnumIter, EnumMessage, IntoStaticStr)]
 pub enum Kind {
     /// The object does what it was asked to. SyncPair: a whole generation is at the peer and changes follow. PeerCluster: pairs can use
     /// it. SyncReplica: it receives.
@@ -55,7 +56,7 @@ pub enum Kind {
 }
 
 /// Why a condition is as it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, EnumIter, EnumMessage, IntoStaticStr)]
 pub enum Reason {
     /// All is as it should be.
     AsAsked,
@@ -118,24 +119,16 @@ pub enum Reason {
 }
 
 impl Kind {
-    /// As written in `type`.
+    /// As written in `type`: the variant's own name.
     pub fn name(self) -> &'static str {
-        match self {
-            Kind::Ready => "Ready",
-            Kind::Reconciling => "Reconciling",
-            Kind::Stalled => "Stalled",
-            Kind::RestartRequired => "RestartRequired",
-            Kind::Attention => "Attention",
-            Kind::SiteDiffers => "SiteDiffers",
-            Kind::Diverged => "Diverged",
-        }
+        self.into()
     }
 }
 
 impl Reason {
     /// As written in `reason`: the variant's own name.
-    pub fn name(self) -> String {
-        format!("{self:?}")
+    pub fn name(self) -> &'static str {
+        self.into()
     }
 
     /// What a person should do next; empty when there is nothing to do.
@@ -208,6 +201,16 @@ impl Finding {
         let status = if status { Status::True } else { Status::False };
         Finding { kind, status, reason, message: message.into() }
     }
+
+    /// The message and the reason's next step.
+    pub fn words(&self) -> String {
+        format!("{} {}", self.message, self.reason.next_step()).trim().to_owned()
+    }
+
+    /// Nothing is to be said beyond the condition itself.
+    pub fn is_as_asked(&self) -> bool {
+        self.reason == Reason::AsAsked
+    }
 }
 
 /// The list as it shall be written: findings replace what was there, the transition time moves only with the status.
@@ -216,17 +219,25 @@ pub fn merged(before: &[Condition], findings: &[Finding], generation: i64, now: 
     let condition = |finding: &Finding| {
         let kind = finding.kind.name();
         let same = before.iter().find(|old| old.kind == kind && old.status == finding.status);
-        let message = format!("{} {}", finding.message, finding.reason.next_step());
         Condition {
             kind: kind.to_owned(),
             status: finding.status,
             last_transition_time: same.map_or(now, |old| old.last_transition_time),
             observed_generation: generation,
-            reason: finding.reason.name(),
-            message: message.trim().to_owned(),
+            reason: finding.reason.name().to_owned(),
+            message: finding.words(),
         }
     };
     findings.iter().map(condition).collect()
+}
+
+/// Those of `findings` that say something else than `before`: another status or another reason.
+pub fn changed<'a>(before: &[Condition], findings: &'a [Finding]) -> Vec<&'a Finding> {
+    let said = |finding: &&Finding| {
+        let (kind, reason) = (finding.kind.name(), finding.reason.name());
+        before.iter().any(|old| old.kind == kind && old.status == finding.status && old.reason == reason)
+    };
+    findings.iter().filter(|finding| !said(finding)).collect()
 }
 
 #[cfg(test)]
@@ -254,5 +265,21 @@ mod tests {
             written[0].message,
             "The VM runs without its sidecar. Restart the VM when it suits you: `virtctl restart`."
         );
+    }
+
+    #[test]
+    fn only_what_says_something_new_has_changed() {
+        let finding = |kind, status, reason| Finding::new(kind, status, reason, "Words.");
+        let before =
+            [finding(Kind::Ready, false, Reason::Synchronizing), finding(Kind::Stalled, false, Reason::AsAsked)];
+        let before = merged(&[], &before, 1, at(0));
+        let reworded = Finding { message: "Other words.".to_owned(), ..finding(Kind::Stalled, false, Reason::AsAsked) };
+        let now = [
+            finding(Kind::Ready, false, Reason::LinkDown),
+            reworded,
+            finding(Kind::Attention, true, Reason::SidecarReports),
+        ];
+        let changed: Vec<Kind> = changed(&before, &now).iter().map(|finding| finding.kind).collect();
+        assert_eq!(changed, [Kind::Ready, Kind::Attention]);
     }
 }

@@ -1,4 +1,4 @@
-//! What lies in the tree beside the code: the chart's definitions and the samples.
+//! What lies in the tree beside the code: the chart's definitions, the document of conditions, and the samples.
 
 use std::path::Path;
 
@@ -9,9 +9,9 @@ fn here(path: &str) -> std::path::PathBuf {
 }
 
 #[test]
-fn the_charts_definitions_are_those_of_the_code() -> anyhow::Result<()> {
-    for (name, expected) in generate::files()? {
-        let file = here("../charts/watari/crds").join(name);
+fn what_is_generated_from_the_code_is_current() -> anyhow::Result<()> {
+    for (path, expected) in generate::files()? {
+        let file = here("..").join(path);
         let found = std::fs::read_to_string(&file).unwrap_or_default();
         let remedy = "run `cargo run -p watari-crds --bin crdgen`";
         assert_eq!(found, expected, "{} is stale: {remedy}", file.display());

@@ -9,10 +9,10 @@ use std::sync::{Mutex, OnceLock};
 pub enum Error {
     #[error("cannot run cargo: {0}")]
     NoCargo(std::io::Error),
-    #[error("cargo build -p {package} failed:\n{output}")]
-    Failed { package: String, output: String },
-    #[error("cargo built {package}, but {path} is not there")]
-    Missing { package: String, path: PathBuf },
+    #[error("cargo build of {name} failed:\n{output}")]
+    Failed { name: String, output: String },
+    #[error("cargo built {name}, but {path} is not there")]
+    Missing { name: String, path: PathBuf },
 }
 
 /// The target triple of static programs: gnu with a static C library, which every Rust tool chain has.
@@ -41,18 +41,19 @@ fn folder(profile: &str) -> &str {
     if profile == "dev" { "debug" } else { profile }
 }
 
-/// Path of a workspace binary (e.g. `watari-sidecar`), freshly built in [`profile`]. Cargo is asked once per process and binary.
-pub fn binary(package: &str, name: &str) -> Result<PathBuf, Error> {
+/// Path of a workspace binary (e.g. `watari-sidecar`), freshly built in [`profile`]. Cargo is asked once per process and binary, about the
+/// whole workspace: with the features that one package alone needs, it would build all libraries once more.
+pub fn binary(name: &str) -> Result<PathBuf, Error> {
     let profile = profile();
     let path = target_folder().join(folder(&profile)).join(name);
-    build(package, &["--profile", &profile, "--bin", name], None, path)
+    build(name, &["--workspace", "--profile", &profile, "--bin", name], None, path)
 }
 
 /// Path of the binary of the package of the same name, as one static, stripped file.
 pub fn static_binary(name: &str, profile: &str) -> Result<PathBuf, Error> {
     let path = target_folder().join(STATIC_TARGET).join(folder(profile)).join(name);
     // `--target` keeps these flags away from build scripts and from everybody else's artifacts.
-    let arguments = ["--profile", profile, "--target", STATIC_TARGET, "--bin", name];
+    let arguments = ["--package", name, "--profile", profile, "--target", STATIC_TARGET, "--bin", name];
     build(name, &arguments, Some("-C target-feature=+crt-static -C strip=symbols"), path)
 }
 
@@ -61,7 +62,7 @@ pub fn guest_binary() -> Result<PathBuf, Error> {
     static_binary("watari-guest", "release")
 }
 
-fn build(package: &str, arguments: &[&str], rustflags: Option<&str>, path: PathBuf) -> Result<PathBuf, Error> {
+fn build(name: &str, arguments: &[&str], rustflags: Option<&str>, path: PathBuf) -> Result<PathBuf, Error> {
     static BUILT: OnceLock<Mutex<Vec<PathBuf>>> = OnceLock::new();
     let mut built = BUILT.get_or_init(Mutex::default).lock().expect("a failed build returns, it does not panic");
     if built.contains(&path) {
@@ -69,17 +70,17 @@ fn build(package: &str, arguments: &[&str], rustflags: Option<&str>, path: PathB
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["build", "--quiet", "-p", package]).args(arguments).current_dir(workspace());
+    command.args(["build", "--quiet"]).args(arguments).current_dir(workspace());
     if let Some(flags) = rustflags {
         command.env("RUSTFLAGS", flags);
     }
     let output = command.output().map_err(Error::NoCargo)?;
     if !output.status.success() {
         let output = String::from_utf8_lossy(&output.stderr).into_owned();
-        return Err(Error::Failed { package: package.to_owned(), output });
+        return Err(Error::Failed { name: name.to_owned(), output });
     }
     if !path.exists() {
-        return Err(Error::Missing { package: package.to_owned(), path });
+        return Err(Error::Missing { name: name.to_owned(), path });
     }
     built.push(path.clone());
     Ok(path)

@@ -114,7 +114,7 @@ impl<'a> Pair<'a> {
 
     fn make(bed: &'a TestBed, options: PairOptions, pods: Option<[&'a LibvirtSite; 2]>) -> anyhow::Result<Self> {
         let pki = bed.dir.join("pki");
-        let output = Command::new(build::binary("watari-sidecar", "watari-sidecar")?)
+        let output = Command::new(build::binary("watari-sidecar")?)
             .args(["pki", "new", "--pair", UUID, "--site", "tokyo", "--site", "osaka", "--out"])
             .arg(&pki)
             .output()?;
@@ -239,7 +239,7 @@ impl<'a> Pair<'a> {
         let end = &mut self.ends[index];
         end.starts += 1;
         let name = format!("{role}-{}", end.starts);
-        let program = build::binary("watari-sidecar", "watari-sidecar")?;
+        let program = build::binary("watari-sidecar")?;
         let command = match &self.pods {
             Some(pods) => pods[index].command(site, &name, program),
             None => site.command(&name, program),
@@ -285,7 +285,7 @@ impl<'a> Pair<'a> {
 
     /// `watari-sidecar ctl …`; its words, or why it was declined.
     pub fn ctl(&self, index: usize, arguments: &[&str]) -> anyhow::Result<String> {
-        let output = Command::new(build::binary("watari-sidecar", "watari-sidecar")?)
+        let output = Command::new(build::binary("watari-sidecar")?)
             .args(["ctl", "--config"])
             .arg(&self.ends[index].config)
             .args(arguments)
@@ -376,7 +376,7 @@ impl Drop for Pair<'_> {
 }
 
 fn report(config: &std::path::Path) -> anyhow::Result<Report> {
-    let output = Command::new(build::binary("watari-sidecar", "watari-sidecar")?)
+    let output = Command::new(build::binary("watari-sidecar")?)
         .args(["status", "--once", "--json", "--config"])
         .arg(config)
         .output()?;

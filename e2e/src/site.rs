@@ -46,7 +46,7 @@ impl Site {
 
     /// Starts `watari-sidecar` here (built if need be) with the given arguments, e.g. `primary --config FILE`.
     pub fn sidecar(&self, name: &str, arguments: &[&str]) -> Result<Process, crate::process::Error> {
-        let binary = build::binary("watari-sidecar", "watari-sidecar")?;
+        let binary = build::binary("watari-sidecar")?;
         self.command(name, binary).args(arguments).current_dir(&self.dir).spawn()
     }
 }

@@ -131,7 +131,7 @@ impl Host {
         fs::create_dir_all(&folder)?;
         let pipe = site.dir.join("blocks.pipe");
         ensure!(Command::new("mkfifo").arg(&pipe).status()?.success(), "mkfifo {}", pipe.display());
-        let binary = build::binary("watari-sidecar", "watari-sidecar")?;
+        let binary = build::binary("watari-sidecar")?;
         let programs = binary.parent().context("a binary lies in a folder")?;
         let prelude = format!(
             "set -eu\nPATH={}:$PATH\nW={}\nPEER_FOLDER={}\n{settings}\n{STAND_INS}\n{helpers}\n",
@@ -174,7 +174,7 @@ impl Host {
     }
 
     fn report(&self) -> anyhow::Result<Report> {
-        let output = Command::new(build::binary("watari-sidecar", "watari-sidecar")?)
+        let output = Command::new(build::binary("watari-sidecar")?)
             .args(["status", "--once", "--json", "--config"])
             .arg(self.folder.join("sidecar.toml"))
             .output()?;

@@ -109,7 +109,7 @@ fn what_a_side_wrote_alone_before_it_was_fenced_is_listed_told_and_copied() -> a
     pair.wait(1, "the promoted side to be told", WAIT, told)?;
     pair.release(0)?;
     let copies = pair.site(0).dir.join("alone");
-    let shown = Command::new(watari_e2e::build::binary("watari-sidecar", "watari-sidecar")?)
+    let shown = Command::new(watari_e2e::build::binary("watari-sidecar")?)
         .args(["inspect", "--config"])
         .arg(&pair.ends[0].config)
         .args(["divergence", "--out"])

@@ -4,8 +4,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::runtime::events::{Recorder, Reporter};
 use kube::{Api, Client};
 use tokio::sync::Mutex;
+use watari_crds::names;
 
 use crate::settings::Settings;
 use crate::webhooks::placement::Placements;
@@ -17,13 +19,21 @@ pub struct Context {
     pub settings: Arc<Settings>,
     /// Also on a replica that does not lead ([`crate::webhooks::follow`]); admission reads it.
     pub placements: Placements,
+    pub recorder: Recorder,
     /// By PeerCluster, with the version of the Secret that it was made of.
     pub(crate) peers: Arc<Mutex<HashMap<String, (String, Client)>>>,
 }
 
 impl Context {
     pub fn new(client: Client, settings: Settings) -> Context {
-        Context { client, settings: Arc::new(settings), placements: Placements::default(), peers: Arc::default() }
+        let reporter = Reporter { controller: names::FIELD_MANAGER.to_owned(), instance: None };
+        Context {
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+            settings: Arc::new(settings),
+            placements: Placements::default(),
+            peers: Arc::default(),
+        }
     }
 
     /// Secrets of the operator's own namespace.

@@ -16,6 +16,7 @@ pub mod authority;
 pub mod card;
 pub mod configuration;
 pub mod context;
+pub mod events;
 pub mod kubectl;
 pub mod kubevirt;
 pub mod objects;
@@ -27,6 +28,7 @@ pub mod routes;
 pub mod settings;
 pub mod side;
 pub mod sidecar;
+pub mod wake;
 pub mod webhooks;
 
 use context::Context;

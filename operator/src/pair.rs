@@ -15,18 +15,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
-use kube::runtime::controller::{Action, Controller};
-use kube::runtime::watcher;
+use kube::runtime::controller::Action;
 use kube::{Api, ResourceExt};
-use watari_crds::pair::SyncPair;
+use watari_crds::pair::{Phase, SyncPair};
 
 use crate::context::Context;
-use crate::{authority, side, sidecar};
+use crate::{authority, side, sidecar, wake};
 
 /// How often a pair is looked at; its status is at most this old.
 const PERIOD: Duration = Duration::from_secs(10);
 /// While the VM crosses: a move of 30 s is not worth waiting ten for each step.
-const CROSSING: Duration = Duration::from_secs(2);
+const CROSSING: Duration = Duration::from_millis(500);
+/// While it is being made ready, which somebody may be watching.
+const PREPARING: Duration = Duration::from_secs(2);
 /// After an error.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -51,7 +52,7 @@ pub enum Error {
 /// Runs until the process ends.
 pub async fn run(context: Context) {
     let api: Api<SyncPair> = Api::all(context.client.clone());
-    Controller::new(api, watcher::Config::default())
+    wake::with_pods(wake::controller(api), context.client.clone(), ResourceExt::uid)
         .run(reconcile, |_, _, _| Action::requeue(RETRY), Arc::new(context))
         .for_each(|result| async move {
             if let Err(error) = result {
@@ -76,7 +77,12 @@ async fn reconcile(pair: Arc<SyncPair>, context: Arc<Context>) -> Result<Action,
     }
     report::report(&context, &pair, &seen, &decision, failure.as_ref().map(|error| error.to_string())).await?;
     let crosses = decision.course.as_ref().is_some_and(crossing::Course::is_under_way);
-    failure.map_or(Ok(Action::requeue(if crosses { CROSSING } else { PERIOD })), Err)
+    let period = match decision.phase {
+        _ if crosses => CROSSING,
+        Phase::Preparing | Phase::Deleting => PREPARING,
+        _ => PERIOD,
+    };
+    failure.map_or(Ok(Action::requeue(period)), Err)
 }
 
 /// The namespace of the pair's replica at the peer.

@@ -11,8 +11,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
-use kube::runtime::controller::{Action, Controller};
-use kube::runtime::watcher;
+use kube::runtime::controller::Action;
 use kube::{Api, ResourceExt};
 use watari_crds::conditions::merged;
 use watari_crds::peer::{PeerCluster, PeerClusterStatus};
@@ -21,6 +20,7 @@ use crate::apply::apply_status;
 use crate::authority;
 use crate::card;
 use crate::context::Context;
+use crate::{events, wake};
 
 /// A peer is looked at this often.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -30,7 +30,7 @@ const RETRY: Duration = Duration::from_secs(10);
 /// Runs until the process ends.
 pub async fn run(context: Context) {
     let api: Api<PeerCluster> = Api::all(context.client.clone());
-    Controller::new(api, watcher::Config::default())
+    wake::controller(api)
         .run(reconcile, |_, _, _| Action::requeue(RETRY), Arc::new(context))
         .for_each(|result| async move {
             if let Err(error) = result {
@@ -54,6 +54,7 @@ async fn reconcile(peer: Arc<PeerCluster>, context: Arc<Context>) -> Result<Acti
     if status != before {
         let api: Api<PeerCluster> = Api::all(context.client.clone());
         apply_status(&api, "PeerCluster", &peer.name_any(), &status).await?;
+        events::tell(&context, &*peer, &before.conditions, &verdict.findings).await;
     }
     Ok(Action::requeue(PERIOD))
 }

@@ -15,26 +15,24 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Pod;
-use kube::runtime::controller::{Action, Controller};
-use kube::runtime::reflector::ObjectRef;
-use kube::runtime::watcher;
+use kube::runtime::controller::Action;
 use kube::{Api, ResourceExt};
 use watari_crds::conditions::merged;
-use watari_crds::names::{finalizer, label, role};
+use watari_crds::names::finalizer;
 use watari_crds::replica::{SyncReplica, SyncReplicaStatus};
 
 use crate::apply::{apply_status, set_finalizer};
 use crate::authority;
 use crate::context::Context;
 use crate::side::{self, Progress, act::Whose};
+use crate::{events, wake};
 
 /// While nothing changes, the sidecar's report is read this often.
 const PERIOD: Duration = Duration::from_secs(15);
 /// After an error, and while something is on its way.
 const RETRY: Duration = Duration::from_secs(5);
 /// While a VM crosses.
-const CROSSING: Duration = Duration::from_secs(2);
+const CROSSING: Duration = Duration::from_millis(500);
 
 /// Why a reconcile could not be finished; the next one begins from what it observes.
 #[derive(Debug, thiserror::Error)]
@@ -50,13 +48,8 @@ pub enum Error {
 /// Runs until the process ends.
 pub async fn run(context: Context) {
     let api: Api<SyncReplica> = Api::all(context.client.clone());
-    let pods: Api<Pod> = Api::all(context.client.clone());
-    let ours = watcher::Config::default().labels(&format!("{}={}", label::ROLE, role::REPLICA));
-    Controller::new(api, watcher::Config::default())
-        .watches(pods, ours, |pod| {
-            let name = pod.annotations().get(pod::OWNER)?.clone();
-            Some(ObjectRef::new(&name).within(&pod.namespace()?))
-        })
+    let id = |replica: &SyncReplica| Some(replica.spec.pair_id.clone());
+    wake::with_pods(wake::controller(api), context.client.clone(), id)
         .run(reconcile, |_, _, _| Action::requeue(RETRY), Arc::new(context))
         .for_each(|result| async move {
             if let Err(error) = result {
@@ -156,6 +149,7 @@ async fn report(
     };
     if status != before {
         apply_status(&api(context, replica), "SyncReplica", &replica.name_any(), &status).await?;
+        events::tell(context, replica, &before.conditions, &findings).await;
     }
     Ok(())
 }

@@ -186,7 +186,7 @@ struct Watch(Process);
 impl Watch {
     fn start(pair: &Pair, end: usize) -> anyhow::Result<Watch> {
         let log = pair.site(end).dir.join(format!("watch-{}.log", pair.bed.wan.bytes_delivered()));
-        let builder = Builder::new("status", build::binary("watari-sidecar", "watari-sidecar")?, log);
+        let builder = Builder::new("status", build::binary("watari-sidecar")?, log);
         let builder = builder.args(["status", "--json", "--every", "200ms", "--config"]).arg(&pair.ends[end].config);
         Ok(Watch(builder.spawn()?))
     }

@@ -71,7 +71,7 @@ impl Rig {
         let dir = reaper::run_folder().join(format!("{label}-rig{}", COUNT.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir_all(&dir)?;
         let pki = dir.join("pki");
-        let mut command = Command::new(build::binary("watari-sidecar", "watari-sidecar")?);
+        let mut command = Command::new(build::binary("watari-sidecar")?);
         command.args(["pki", "new", "--pair", UUID, "--site", NAMES[0], "--site", NAMES[1], "--out"]).arg(&pki);
         let output = command.output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -133,7 +133,7 @@ impl Rig {
 
     /// A sidecar that is not yet started.
     pub fn command(&self, end: usize, role: &str, flags: &[&str]) -> anyhow::Result<Builder> {
-        let binary = build::binary("watari-sidecar", "watari-sidecar")?;
+        let binary = build::binary("watari-sidecar")?;
         let log = self.end_dir(end).join(format!("{role}.log"));
         let builder = Builder::new(format!("{role}@{}", NAMES[end]), binary, log).netns(&self.netns);
         Ok(builder.current_dir(self.end_dir(end)).args([role, "--config", "sidecar.toml"]).args(flags))
@@ -154,7 +154,7 @@ impl Rig {
     }
 
     pub fn ctl(&self, end: usize, arguments: &[&str]) -> anyhow::Result<String> {
-        let binary = build::binary("watari-sidecar", "watari-sidecar")?;
+        let binary = build::binary("watari-sidecar")?;
         let output = Command::new(binary).args(["ctl", "--config"]).arg(self.config(end)).args(arguments).output()?;
         if !output.status.success() {
             bail!("ctl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
@@ -170,7 +170,7 @@ impl Rig {
     }
 
     pub fn report(&self, end: usize) -> anyhow::Result<Report> {
-        let binary = build::binary("watari-sidecar", "watari-sidecar")?;
+        let binary = build::binary("watari-sidecar")?;
         let mut command = Command::new(binary);
         let output = command.args(["status", "--once", "--json", "--config"]).arg(self.config(end)).output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());

@@ -104,7 +104,6 @@ impl Holding {
         Holder {
             pair_id: pair_id(pair),
             vm: pair.spec.vm_name.clone(),
-            owner: None,
             toml: configuration(pair, site, &self.furniture).to_toml(),
             node_selector: self.node_selector.clone(),
             disks: self.furniture.disks.iter().map(disk).collect(),

@@ -11,6 +11,7 @@ use super::decide::Decision;
 use super::observe::Seen;
 use crate::apply::apply_status;
 use crate::context::Context;
+use crate::events;
 use crate::side::{accepts_writes, remains};
 
 /// Writes the status, if it changed.
@@ -51,6 +52,7 @@ pub async fn report(
         let namespace = pair.namespace().expect("a SyncPair is namespaced");
         let api: Api<SyncPair> = Api::namespaced(context.client.clone(), &namespace);
         apply_status(&api, "SyncPair", &pair.name_any(), &status).await?;
+        events::tell(context, pair, &before.conditions, &findings).await;
     }
     Ok(())
 }

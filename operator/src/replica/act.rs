@@ -24,7 +24,7 @@ pub async fn act(context: &Context, replica: &SyncReplica, step: &Step) -> Resul
             apply(&Api::<PersistentVolumeClaim>::namespaced(client(), &namespace), &claim(replica, name)).await?;
         }
         Step::MakePod => {
-            let object = pod::Holder::of(&replica.spec, &replica.name_any()).to_object(&context.settings);
+            let object = pod::Holder::of(&replica.spec).to_object(&context.settings);
             apply(&Api::<Pod>::namespaced(client(), &namespace), &object).await?;
         }
         Step::DeletePod => delete::<Pod>(client(), &namespace, &names::replica_pod(&replica.spec.pair_id)).await?,

@@ -109,7 +109,7 @@ fn keep(replica: &SyncReplica, seen: &Seen, mut known: BTreeMap<String, String>)
 }
 
 fn made_from(replica: &SyncReplica) -> String {
-    Holder::of(&replica.spec, &replica.name_any()).made_from()
+    Holder::of(&replica.spec).made_from()
 }
 
 /// The VM's own Pod is here: its sidecar has the folder, whether the VM is active here or on its way.

@@ -15,8 +15,6 @@ use crate::settings::Settings;
 
 /// Annotation: digest of all that the Pod was made from; another one means another Pod.
 pub const MADE_FROM: &str = "watari.io/made-from";
-/// Annotation: name of the SyncReplica, in the same namespace.
-pub const OWNER: &str = "watari.io/sync-replica";
 /// KubeVirt's own user and group (`qemu`).
 const QEMU: i64 = 107;
 /// As the webhooks give beside a VM.
@@ -49,8 +47,6 @@ pub fn configuration(spec: &SyncReplicaSpec) -> Sidecar {
 pub struct Holder {
     pub pair_id: String,
     pub vm: String,
-    /// The SyncReplica, which is looked at when the Pod changes; the home has none.
-    pub owner: Option<String>,
     /// `sidecar.toml`, as it lies in the ConfigMap.
     pub toml: String,
     /// Where the VM may run, and so this.
@@ -68,7 +64,7 @@ pub struct HeldDisk {
 
 impl Holder {
     /// Of a replica at the peer.
-    pub fn of(spec: &SyncReplicaSpec, owner: &str) -> Holder {
+    pub fn of(spec: &SyncReplicaSpec) -> Holder {
         let disk = |disk: &watari_crds::replica::ReplicaDisk| HeldDisk {
             name: disk.name.clone(),
             claim: disk.claim.clone(),
@@ -77,7 +73,6 @@ impl Holder {
         Holder {
             pair_id: spec.pair_id.clone(),
             vm: spec.vm_name.clone(),
-            owner: Some(owner.to_owned()),
             toml: configuration(spec).to_toml(),
             node_selector: spec.node_selector.clone(),
             disks: spec.disks.iter().map(disk).collect(),
@@ -99,7 +94,7 @@ impl Holder {
             "metadata": {
                 "name": names::replica_pod(&self.pair_id),
                 "labels": objects::labels(&self.pair_id, &self.vm, role::REPLICA),
-                "annotations": { MADE_FROM: self.made_from(), OWNER: self.owner },
+                "annotations": { MADE_FROM: self.made_from() },
             },
             "spec": {
                 "restartPolicy": "Always",

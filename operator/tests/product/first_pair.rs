@@ -4,10 +4,12 @@
 
 use anyhow::ensure;
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Secret, Service};
-use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, PostParams};
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, PostParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use watari_clusters::provision::SHARED_CLASS;
+use watari_crds::conditions::Reason;
 use watari_crds::kubevirt::VirtualMachine;
 use watari_crds::names::{self, annotation, label};
 use watari_crds::pair::{Phase, SyncPair};
@@ -70,6 +72,12 @@ async fn play(scene: &Scene) -> anyhow::Result<()> {
     until("the pair to say that its VM does not run", async || {
         let phase = pairs.get("shop").await?.status.map(|status| status.phase);
         Ok(phase.filter(|phase| *phase == Phase::Stopped))
+    })
+    .await?;
+    until("an Event that says so", async || {
+        let events = scene.api::<Event>(a).list(&ListParams::default().fields("regarding.kind=SyncPair")).await?;
+        let said = |event: &Event| event.reason.as_deref() == Some(Reason::VmNotRunning.name());
+        Ok(events.items.iter().any(said).then_some(()))
     })
     .await?;
     for (client, site) in [(a, "tokyo"), (b, "osaka")] {
@@ -151,7 +159,7 @@ async fn vm(scene: &Scene) -> anyhow::Result<()> {
 
 /// Names of all objects of the pair on both clusters.
 async fn left(scene: &Scene, id: &str) -> anyhow::Result<Vec<String>> {
-    let labels = kube::api::ListParams::default().labels(&format!("{}={id}", label::PAIR));
+    let labels = ListParams::default().labels(&format!("{}={id}", label::PAIR));
     let mut names = Vec::new();
     for cluster in scene.pair.both() {
         let client = &cluster.client;

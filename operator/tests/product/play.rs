@@ -34,7 +34,7 @@ impl Play {
     pub async fn play(test: &str, story: impl AsyncFnOnce(&Play) -> anyhow::Result<()>) -> anyhow::Result<()> {
         let Some(scene) = Scene::begin(test).await? else { return Ok(()) };
         let ours = scene.pair.ours.clone().context("the scene is for our own clusters")?;
-        let program = tokio::task::block_in_place(|| build::binary("kubevirt-standin", "kubevirt-standin"))?;
+        let program = tokio::task::block_in_place(|| build::binary("kubevirt-standin"))?;
         install::up(&ours, &program).await?;
         let play = Play { scene, ours };
         let result = story(&play).await;
@@ -161,11 +161,7 @@ impl Play {
         } else {
             self.change(json!({ "activeSite": to, "atMove": at_move })).await?;
         }
-        let status = until(&format!("the VM to be at {to}"), async || {
-            let status = self.status().await?;
-            Ok((status.moves == at_move + 1 && status.crossing.is_none()).then_some(status))
-        })
-        .await?;
+        let status = self.until_moved(at_move + 1).await?;
         let bytes = self.bytes()? - before;
         let (seconds, recorded) = (begin.elapsed().as_secs_f64(), &status.history[0]);
         eprintln!(
@@ -173,6 +169,15 @@ impl Play {
             bytes as f64 / f64::from(1 << 20)
         );
         Ok((status, bytes))
+    }
+
+    /// Waits until that many moves are done and none is under way.
+    pub async fn until_moved(&self, moves: i64) -> anyhow::Result<SyncPairStatus> {
+        until(&format!("{moves} moves to be done"), async || {
+            let status = self.status().await?;
+            Ok((status.moves == moves && status.crossing.is_none()).then_some(status))
+        })
+        .await
     }
 
     /// Bytes that have crossed the line, both ways.

@@ -80,7 +80,7 @@ fn patch() -> String {
 /// Configuration, certificates and the metadata claim.
 async fn provide(stage: &Stage, cluster: &Cluster) -> anyhow::Result<()> {
     let folder = watari_e2e::reaper::run_folder().join("standin-hook");
-    let program = tokio::task::block_in_place(|| build::binary("watari-sidecar", "watari-sidecar"))?;
+    let program = tokio::task::block_in_place(|| build::binary("watari-sidecar"))?;
     let mut pki = Command::new(program);
     let pki = pki
         .args(["pki", "new", "--pair", PAIR, "--site", "tokyo", "--site", "osaka", "--out"])
