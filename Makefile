@@ -11,6 +11,8 @@ ARGS ?=
 MINUTES ?= 10
 SEEDS ?= 10000000
 SECONDS ?= 60
+# Tests that need running clusters; cargo runs them only by name.
+CLUSTER_TESTS := --test clusters --test standin --test rules --test admission --test product
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +49,7 @@ fmt: tools ## format the code
 lint: tools ## formatting, clippy without warnings for all targets, and what no compiler looks for
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace $(CLUSTER_TESTS) -- -D warnings
 	.ci/check-tree
 
 deny: ## licences, duplicate and banned dependencies (needs cargo-deny, see deny.toml)
@@ -87,4 +90,4 @@ clusters-down: tools ## take the clusters off this machine
 
 e2e: tools ## run the tests that need clusters, on ours (which stay up) or on two others (e2e/clusters/README.md)
 	@[ -n "$${WATARI_E2E_KUBECONFIG_A:-}" ] || $(MAKE) clusters
-	cargo test --workspace --test clusters --test standin --test rules --test admission --test product -- --test-threads 1
+	cargo test --workspace $(CLUSTER_TESTS) -- --test-threads 1

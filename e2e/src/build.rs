@@ -32,7 +32,7 @@ pub fn target_folder() -> PathBuf {
 }
 
 /// The profile of the running program's binaries: `WATARI_E2E_PROFILE=release` for benchmarks.
-pub fn profile() -> String {
+fn profile() -> String {
     std::env::var("WATARI_E2E_PROFILE").unwrap_or_else(|_| "dev".into())
 }
 

@@ -1,7 +1,10 @@
 //! Server-side apply, the way in which the operator writes objects: the body holds our fields only, whatever else an object
 //! has stays. The exception is the list of finalizers.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Resource, ResourceExt};
@@ -18,6 +21,45 @@ where
 {
     let name = object["metadata"]["name"].as_str().expect("every object that we make has a name");
     api.patch(name, &PatchParams::apply(names::FIELD_MANAGER).force(), &Patch::Apply(object)).await
+}
+
+/// What was applied lately, so that what must be there at each look is not sent at each look.
+#[derive(Clone, Debug, Default)]
+pub struct Applied(Arc<Mutex<HashMap<[u8; 32], Instant>>>);
+
+/// Sent again after so long, since somebody may have changed it or taken it away.
+const AGAIN: Duration = Duration::from_secs(60);
+
+impl Applied {
+    /// As [`apply`], unless the same was applied lately.
+    pub async fn keep<K>(&self, api: &Api<K>, object: &Value) -> kube::Result<()>
+    where
+        K: Resource + Clone + DeserializeOwned + Debug,
+    {
+        let digest = *blake3::hash(format!("{} {object}", api.resource_url()).as_bytes()).as_bytes();
+        if self.is_fresh(&digest, Instant::now()) {
+            return Ok(());
+        }
+        apply(api, object).await?;
+        self.remember(digest, Instant::now());
+        Ok(())
+    }
+
+    /// Something was deleted: nothing is taken for granted any more.
+    pub fn forget(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    fn is_fresh(&self, digest: &[u8; 32], now: Instant) -> bool {
+        let applied = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        applied.get(digest).is_some_and(|then| now.duration_since(*then) < AGAIN)
+    }
+
+    fn remember(&self, digest: [u8; 32], now: Instant) {
+        let mut applied = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        applied.retain(|_, then| now.duration_since(*then) < AGAIN);
+        applied.insert(digest, now);
+    }
 }
 
 /// Applies `status` to the status subresource.
@@ -51,4 +93,21 @@ where
     let patch = serde_json::json!({ "metadata": metadata });
     api.patch(&object.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_applied_lately_is_taken_for_granted_until_it_is_old_or_something_was_deleted() {
+        let (applied, then) = (Applied::default(), Instant::now());
+        applied.remember([1; 32], then);
+        assert!(applied.is_fresh(&[1; 32], then) && !applied.is_fresh(&[2; 32], then));
+        assert!(!applied.is_fresh(&[1; 32], then + AGAIN));
+        applied.remember([2; 32], then + AGAIN);
+        assert_eq!(applied.0.lock().map(|all| all.len()).unwrap_or_default(), 1, "what is old is not kept");
+        applied.forget();
+        assert!(!applied.is_fresh(&[2; 32], then + AGAIN));
+    }
 }

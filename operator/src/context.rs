@@ -9,6 +9,8 @@ use kube::{Api, Client};
 use tokio::sync::Mutex;
 use watari_crds::names;
 
+use crate::apply::Applied;
+use crate::metrics::Metrics;
 use crate::settings::Settings;
 use crate::webhooks::placement::Placements;
 
@@ -20,6 +22,8 @@ pub struct Context {
     /// Also on a replica that does not lead ([`crate::webhooks::follow`]); admission reads it.
     pub placements: Placements,
     pub recorder: Recorder,
+    pub metrics: Metrics,
+    pub applied: Applied,
     /// By PeerCluster, with the version of the Secret that it was made of.
     pub(crate) peers: Arc<Mutex<HashMap<String, (String, Client)>>>,
 }
@@ -32,6 +36,8 @@ impl Context {
             client,
             settings: Arc::new(settings),
             placements: Placements::default(),
+            metrics: Metrics::default(),
+            applied: Applied::default(),
             peers: Arc::default(),
         }
     }

@@ -18,7 +18,11 @@ pub async fn tell(
     findings: &[Finding],
 ) {
     let reference = object.object_ref(&());
-    for event in changed(before, findings).into_iter().filter_map(event) {
+    let mut events: Vec<Event> = changed(before, findings).into_iter().filter_map(event).collect();
+    // Two conditions often say the same thing; the warning says it.
+    events.sort_by_key(|event| (event.note.clone(), matches!(event.type_, EventType::Normal)));
+    events.dedup_by(|later, earlier| later.note == earlier.note);
+    for event in events {
         if let Err(error) = context.recorder.publish(&event, &reference).await {
             tracing::warn!(%error, reason = event.reason, "an Event could not be written");
         }

@@ -19,6 +19,7 @@ pub mod context;
 pub mod events;
 pub mod kubectl;
 pub mod kubevirt;
+pub mod metrics;
 pub mod objects;
 pub mod pair;
 pub mod peer;

@@ -15,6 +15,7 @@ use tracing_subscriber::EnvFilter;
 use watari_crds::names;
 use watari_operator::authority;
 use watari_operator::context::Context;
+use watari_operator::metrics;
 use watari_operator::settings::Arguments;
 use watari_operator::webhooks::{
     follow,
@@ -46,9 +47,19 @@ async fn operate(arguments: Arguments) -> anyhow::Result<()> {
     let context = Context::new(client, arguments.settings());
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(site = arguments.site, namespace = arguments.namespace, version, "begins");
-    tokio::try_join!(admit(context.clone(), &arguments, stop.clone()), lead(context, stop))?;
+    let listen = arguments.metrics_listen;
+    let metrics = async {
+        let served = metrics::serve(listen, context.metrics.clone(), stop.clone()).await;
+        served.with_context(|| format!("metrics at {listen}"))
+    };
+    tokio::try_join!(admit(context.clone(), &arguments, stop.clone()), lead(context.clone(), stop.clone()), metrics)?;
     Ok(())
 }
+
+/// Without its leader a site stands still for so long, seconds: as Kubernetes' own controllers.
+const LEASE_SECONDS: u64 = 15;
+/// The leader renews so long before its Lease ends, seconds.
+const RENEWAL_SECONDS: u64 = 5;
 
 /// Webhooks, until `stop`.
 async fn admit(
@@ -82,6 +93,8 @@ async fn admit(
 async fn lead(context: Context, stop: impl Future<Output = ()> + Clone) -> anyhow::Result<()> {
     let lease = LeaseManagerBuilder::new(context.client.clone(), names::LEASE)
         .with_namespace(&context.settings.namespace)
+        .with_duration(LEASE_SECONDS)
+        .with_grace(RENEWAL_SECONDS)
         .build()
         .await
         .context("the Lease")?;
@@ -92,6 +105,7 @@ async fn lead(context: Context, stop: impl Future<Output = ()> + Clone) -> anyho
         () = stop.clone() => return Ok(()),
     }
     tracing::info!("leading");
+    context.metrics.leads();
     tokio::select! {
         () = watari_operator::run(context) => bail!("the controllers ended"),
         lost = leading.wait_for(|leads| !*leads) => {

@@ -53,13 +53,18 @@ pub enum Error {
 pub async fn run(context: Context) {
     let api: Api<SyncPair> = Api::all(context.client.clone());
     wake::with_pods(wake::controller(api), context.client.clone(), ResourceExt::uid)
-        .run(reconcile, |_, _, _| Action::requeue(RETRY), Arc::new(context))
+        .run(reconcile, failed, Arc::new(context))
         .for_each(|result| async move {
             if let Err(error) = result {
                 tracing::warn!(%error, "SyncPair: trying again");
             }
         })
         .await;
+}
+
+fn failed(_: Arc<SyncPair>, _: &Error, context: Arc<Context>) -> Action {
+    context.metrics.failed("SyncPair");
+    Action::requeue(RETRY)
 }
 
 async fn reconcile(pair: Arc<SyncPair>, context: Arc<Context>) -> Result<Action, Error> {
@@ -73,6 +78,7 @@ async fn reconcile(pair: Arc<SyncPair>, context: Arc<Context>) -> Result<Action,
         }
     }
     if decision.finished && failure.is_none() {
+        context.metrics.forget(&pair);
         return Ok(Action::await_change());
     }
     report::report(&context, &pair, &seen, &decision, failure.as_ref().map(|error| error.to_string())).await?;

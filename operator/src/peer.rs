@@ -31,13 +31,18 @@ const RETRY: Duration = Duration::from_secs(10);
 pub async fn run(context: Context) {
     let api: Api<PeerCluster> = Api::all(context.client.clone());
     wake::controller(api)
-        .run(reconcile, |_, _, _| Action::requeue(RETRY), Arc::new(context))
+        .run(reconcile, failed, Arc::new(context))
         .for_each(|result| async move {
             if let Err(error) = result {
                 tracing::warn!(%error, "PeerCluster: trying again");
             }
         })
         .await;
+}
+
+fn failed(_: Arc<PeerCluster>, _: &authority::Error, context: Arc<Context>) -> Action {
+    context.metrics.failed("PeerCluster");
+    Action::requeue(RETRY)
 }
 
 async fn reconcile(peer: Arc<PeerCluster>, context: Arc<Context>) -> Result<Action, authority::Error> {

@@ -50,13 +50,18 @@ pub async fn run(context: Context) {
     let api: Api<SyncReplica> = Api::all(context.client.clone());
     let id = |replica: &SyncReplica| Some(replica.spec.pair_id.clone());
     wake::with_pods(wake::controller(api), context.client.clone(), id)
-        .run(reconcile, |_, _, _| Action::requeue(RETRY), Arc::new(context))
+        .run(reconcile, failed, Arc::new(context))
         .for_each(|result| async move {
             if let Err(error) = result {
                 tracing::warn!(%error, "SyncReplica: trying again");
             }
         })
         .await;
+}
+
+fn failed(_: Arc<SyncReplica>, _: &Error, context: Arc<Context>) -> Action {
+    context.metrics.failed("SyncReplica");
+    Action::requeue(RETRY)
 }
 
 async fn reconcile(replica: Arc<SyncReplica>, context: Arc<Context>) -> Result<Action, Error> {

@@ -9,7 +9,6 @@ use kube::{Api, ResourceExt};
 use serde_json::json;
 use watari_crds::names::{self, label, port, role};
 
-use crate::apply::apply;
 use crate::context::Context;
 
 /// A new pair waits for its route this long at most.
@@ -53,6 +52,5 @@ async fn write(context: &Context, routes: &BTreeMap<String, String>) -> kube::Re
         "metadata": { "name": names::GATEWAY_ROUTES, "labels": { label::MANAGED: names::MANAGED_BY } },
         "data": { KEY: text },
     });
-    apply(&context.own_config_maps(), &object).await?;
-    Ok(())
+    context.applied.keep(&context.own_config_maps(), &object).await
 }

@@ -35,6 +35,9 @@ pub struct Arguments {
     /// Where the webhooks listen, with TLS.
     #[arg(long, env = "WATARI_WEBHOOK_LISTEN", value_name = "ADDRESS:PORT", default_value = "0.0.0.0:9443")]
     pub webhook_listen: SocketAddr,
+    /// Where metrics are served, plain HTTP.
+    #[arg(long, env = "WATARI_METRICS_LISTEN", value_name = "ADDRESS:PORT", default_value = "0.0.0.0:9090")]
+    pub metrics_listen: SocketAddr,
     /// https://localhost:PORT, say, under which the API server reaches the webhooks, where that is not the chart's Service: an operator
     /// outside the cluster.
     #[arg(long, env = "WATARI_WEBHOOK_URL", value_name = "URL", value_parser = https)]
@@ -75,8 +78,7 @@ pub struct Settings {
 
 impl Arguments {
     pub fn settings(&self) -> Settings {
-        let Arguments { site, namespace, image, image_pull_policy, gateway, webhook_listen: _, webhook_url: _ } =
-            self.clone();
+        let Arguments { site, namespace, image, image_pull_policy, gateway, .. } = self.clone();
         Settings { site, namespace, image, image_pull_policy, gateway }
     }
 

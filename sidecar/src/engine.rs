@@ -7,6 +7,7 @@
 //! - `build`: from blocks to frames. `stream`: gRPC. `convert`: core types and wire types.
 //! - `steering`: how the outside asks and looks; [`handle`] is its implementation. `settings`: what it changed, kept for the next worker.
 
+pub mod awaiting;
 pub mod brain;
 pub mod build;
 mod clock;

@@ -12,6 +12,7 @@ use crate::{
     config::Config,
     control,
     engine::{
+        awaiting,
         event::Event,
         handle::Handle,
         hooking,
@@ -41,6 +42,15 @@ pub async fn run(config: Config, front_end: bool, flags: &WorkerFlags) -> Result
     let config = Arc::new(config);
     let mut terminate = signal(SignalKind::terminate()).map_err(WorkerError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(WorkerError::Signals)?;
+    if let (Some(hook), true) = (&config.hook, front_end)
+        && !awaiting::missing(&config).is_empty()
+    {
+        tokio::select! {
+            made = awaiting::disks(&config, hook) => made.map_err(WorkerError::Hook)?,
+            _ = terminate.recv() => return Ok(0),
+            _ = interrupt.recv() => return Ok(0),
+        }
+    }
     let running = start::start(config.clone(), front_end, flags).await?;
     let handle =
         Handle { post: running.post.clone(), report: running.report.clone(), signals: running.signals.clone() };

@@ -151,35 +151,37 @@ pub fn ensure_base(folders: &Folders) -> Result<(), Error> {
     Ok(())
 }
 
-/// Builds the sidecar as one static program and packs it, alone, into an image.
+/// Packs the sidecar as it is built for tests.
 pub fn ensure_sidecar(folders: &Folders) -> Result<(), Error> {
-    pack_static(&folders.images(), "watari-sidecar", &build::profile(), SIDECAR_IMAGE).map(drop)
+    pack_linked(folders, &build::binary("watari-sidecar")?, SIDECAR_IMAGE)
 }
 
-/// Both images as users get them, static and in release, under the names of the chart's values. Answers their archives.
+/// Packs a built operator (`program`).
+pub fn ensure_operator(folders: &Folders, program: &Path) -> Result<(), Error> {
+    pack_linked(folders, program, OPERATOR_IMAGE)
+}
+
+/// Both images as users get them, one static file each and in release, under the names of the chart's values. Answers their archives.
 pub fn release(folder: &Path) -> Result<[PathBuf; 2], Error> {
     std::fs::create_dir_all(folder).map_err(folders::at(folder))?;
     let pack = |program: &str| {
-        pack_static(folder, program, "release", &format!("watari/{program}:{}", env!("CARGO_PKG_VERSION")))
+        let built = build::static_binary(program, "release")?;
+        let scratch = Scratch::create(folder, &format!("{program}-tree"))?;
+        std::fs::copy(&built, scratch.0.join(program)).map_err(folders::at(&built))?;
+        let name = format!("watari/{program}:{}", env!("CARGO_PKG_VERSION"));
+        let image = Image { name: &name, config: json!({ "Entrypoint": [format!("/{program}")] }) };
+        pack(folder, program, &[&scratch.0], &[image])
     };
     Ok([pack("watari-sidecar")?, pack("watari-operator")?])
 }
 
-/// Builds `program` (of the package of the same name) as one static file, which is all that the image holds.
-fn pack_static(folder: &Path, program: &str, profile: &str, image: &str) -> Result<PathBuf, Error> {
-    let built = build::static_binary(program, profile)?;
-    let scratch = Scratch::create(folder, &format!("{program}-tree"))?;
-    std::fs::copy(&built, scratch.0.join(program)).map_err(folders::at(&built))?;
-    let image = Image { name: image, config: json!({ "Entrypoint": [format!("/{program}")] }) };
-    pack(folder, program, &[&scratch.0], &[image])
-}
-
-/// Packs a built operator (`program`) with the libraries that it is linked with, which are a layer of their own. What tests run is thus
-/// what cargo built for them; linking it statically would build the Kubernetes client a second time.
-pub fn ensure_operator(folders: &Folders, program: &Path) -> Result<(), Error> {
+/// Packs a built program with the libraries that it is linked with, which are a layer of their own. What tests run is thus what cargo built
+/// for them; linking it statically would build everything a second time.
+fn pack_linked(folders: &Folders, program: &Path, image: &str) -> Result<(), Error> {
+    let name = program.file_name().unwrap_or_default().to_string_lossy();
     let (libraries, own) = (
-        Scratch::create(&folders.images(), "operator-libraries")?,
-        Scratch::create(&folders.images(), "operator-tree")?,
+        Scratch::create(&folders.images(), &format!("{name}-libraries"))?,
+        Scratch::create(&folders.images(), &format!("{name}-tree"))?,
     );
     for library in linked_with(program)? {
         let copy = libraries.0.join(library.strip_prefix("/").unwrap_or(&library));
@@ -188,9 +190,9 @@ pub fn ensure_operator(folders: &Folders, program: &Path) -> Result<(), Error> {
         std::fs::copy(&library, &copy).map_err(folders::at(&library))?;
     }
     // Debugging it takes the unstripped one.
-    tool(Command::new("strip").arg("-o").arg(own.0.join("watari-operator")).arg(program))?;
-    let image = Image { name: OPERATOR_IMAGE, config: json!({ "Entrypoint": ["/watari-operator"] }) };
-    pack(&folders.images(), "watari-operator", &[&libraries.0, &own.0], &[image])?;
+    tool(Command::new("strip").arg("-o").arg(own.0.join(&*name)).arg(program))?;
+    let image = Image { name: image, config: json!({ "Entrypoint": [format!("/{name}")] }) };
+    pack(&folders.images(), &name, &[&libraries.0, &own.0], &[image])?;
     Ok(())
 }
 

@@ -61,7 +61,7 @@ pub async fn act(
             let id = pair_id(pair);
             delete::<Pod>(context.client.clone(), &namespace, &names::replica_pod(&id)).await?;
             delete::<PersistentVolumeClaim>(context.client.clone(), &namespace, &names::metadata_claim(&id)).await?;
-            unfurnish(context.client.clone(), &namespace, &id).await?;
+            unfurnish(context, &namespace, &id).await?;
         }
     }
     Ok(())
@@ -72,8 +72,10 @@ async fn furnish(context: &Context, namespace: &str, pair: &SyncPair, furniture:
     authority::certify(context, namespace, &id, &furniture.peer_authorities).await?;
     let toml = configuration(pair, &context.settings.site, furniture).to_toml();
     let client = || context.client.clone();
-    apply(&Api::<ConfigMap>::namespaced(client(), namespace), &objects::configuration(&id, vm, &toml)).await?;
-    apply(&Api::<Service>::namespaced(client(), namespace), &objects::service(&id, vm)).await?;
+    let (maps, services) =
+        (Api::<ConfigMap>::namespaced(client(), namespace), Api::<Service>::namespaced(client(), namespace));
+    context.applied.keep(&maps, &objects::configuration(&id, vm, &toml)).await?;
+    context.applied.keep(&services, &objects::service(&id, vm)).await?;
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(client(), namespace);
     let name = names::metadata_claim(&id);
     // A claim's specification cannot be changed, and one that exists is right.

@@ -48,6 +48,7 @@ pub async fn report(
         history: course.history,
         ..figures
     };
+    context.metrics.found(pair, &status);
     if status != before {
         let namespace = pair.namespace().expect("a SyncPair is namespaced");
         let api: Api<SyncPair> = Api::namespaced(context.client.clone(), &namespace);

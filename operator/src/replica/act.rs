@@ -29,7 +29,7 @@ pub async fn act(context: &Context, replica: &SyncReplica, step: &Step) -> Resul
         }
         Step::DeletePod => delete::<Pod>(client(), &namespace, &names::replica_pod(&replica.spec.pair_id)).await?,
         Step::DeleteClaim(name) => delete_claim(client(), &namespace, replica, name).await?,
-        Step::Unfurnish => unfurnish(client(), &namespace, &replica.spec.pair_id).await?,
+        Step::Unfurnish => unfurnish(context, &namespace, &replica.spec.pair_id).await?,
     }
     Ok(())
 }
@@ -39,9 +39,9 @@ async fn furnish(context: &Context, namespace: &str, replica: &SyncReplica) -> R
     authority::certify(context, namespace, &spec.pair_id, &spec.home_authorities).await?;
     let toml = pod::configuration(spec).to_toml();
     let configuration = objects::configuration(&spec.pair_id, &spec.vm_name, &toml);
-    apply(&Api::<ConfigMap>::namespaced(context.client.clone(), namespace), &configuration).await?;
+    context.applied.keep(&Api::<ConfigMap>::namespaced(context.client.clone(), namespace), &configuration).await?;
     let service = objects::service(&spec.pair_id, &spec.vm_name);
-    apply(&Api::<Service>::namespaced(context.client.clone(), namespace), &service).await?;
+    context.applied.keep(&Api::<Service>::namespaced(context.client.clone(), namespace), &service).await?;
     Ok(())
 }
 
@@ -83,7 +83,9 @@ async fn delete_claim(client: Client, namespace: &str, replica: &SyncReplica, na
 }
 
 /// Secret, ConfigMap and Service of a pair at this site.
-pub async fn unfurnish(client: Client, namespace: &str, pair_id: &str) -> kube::Result<()> {
+pub async fn unfurnish(context: &Context, namespace: &str, pair_id: &str) -> kube::Result<()> {
+    context.applied.forget();
+    let client = context.client.clone();
     delete::<Service>(client.clone(), namespace, &names::service(pair_id)).await?;
     delete::<ConfigMap>(client.clone(), namespace, &names::configuration(pair_id)).await?;
     delete::<Secret>(client, namespace, &names::certificate_secret(pair_id)).await

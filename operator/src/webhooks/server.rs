@@ -105,14 +105,14 @@ pub async fn serve(
 }
 
 /// Accepted and secured connections.
-struct TlsListener {
+pub struct TlsListener {
     local: SocketAddr,
     accepted: mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
 }
 
 impl TlsListener {
     /// It ends, and the port is free, when the listener is dropped.
-    fn start(socket: TcpListener, certificate: Arc<ServingCertificate>) -> io::Result<TlsListener> {
+    pub fn start(socket: TcpListener, certificate: Arc<ServingCertificate>) -> io::Result<TlsListener> {
         let local = socket.local_addr()?;
         let mut config = ServerConfig::builder_with_provider(Arc::clone(&certificate.provider))
             .with_safe_default_protocol_versions()

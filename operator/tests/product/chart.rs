@@ -38,6 +38,15 @@ async fn the_chart_is_clean_needs_a_site_and_all_of_it_is_accepted() -> anyhow::
     let (rendered, text) = helm(&program, &["template", "watari", "--namespace", "default", "--set", VALUES])?;
     ensure!(rendered, "{text}");
 
+    // No Prometheus Operator is here to judge these.
+    let monitored =
+        format!("{VALUES},monitoring.podMonitors=true,monitoring.alerts=true,monitoring.labels.release=prometheus");
+    let only = ["template", "watari", "--show-only", "templates/monitoring.yaml", "--set", &monitored];
+    let (rendered, monitoring) = helm(&program, &only)?;
+    ensure!(rendered, "{monitoring}");
+    let kinds: Vec<String> = documents(&monitoring)?.into_iter().filter_map(|it| Some(it.types?.kind)).collect();
+    ensure!(kinds == ["PodMonitor", "PodMonitor", "PrometheusRule"], "{kinds:?}");
+
     let mut count = 0;
     let mut namespaced = 0;
     for object in documents(&text)? {

@@ -50,7 +50,10 @@ pub fn check(config: &Config, start: Start) -> Result<(), ConfigError> {
         );
     }
     for (index, disk) in config.disks.iter().enumerate() {
+        // KubeVirt makes it when the VM starts for the first time (engine/awaiting.rs).
+        let made_later = config.hook.as_ref().is_some_and(|hook| !hook.outside_kubernetes) && is_to_be(&disk.path);
         match look_at(disk, start) {
+            Err(_) if start == Start::Primary && made_later => {}
             Ok(()) => {}
             Err((key, found, expected, remedy)) => refuse(&format!("disk[{index}].{key}"), found, expected, remedy),
         }
@@ -151,6 +154,12 @@ fn not_a_folder_to_be(path: &Path) -> Option<String> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => not_a_folder(path.parent().unwrap_or(Path::new("/"))),
         _ => not_a_folder(path),
     }
+}
+
+/// It is not there, and its folder is.
+fn is_to_be(path: &Path) -> bool {
+    let absent = fs::metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+    absent && path.parent().is_some_and(|folder| not_a_folder(folder).is_none())
 }
 
 fn not_a_folder(path: &Path) -> Option<String> {

@@ -40,21 +40,30 @@ impl Hooks {
 
 /// Serve the hook socket until the returned server is dropped.
 pub async fn start(config: &Arc<Config>, hook: &Hook, handle: Handle) -> Result<HookServer, String> {
-    let marker = hook.outside_kubernetes.then(|| config.nbd.dir.join("marker.img"));
-    let settings =
-        HookConfig { folder: hook.dir.clone(), reconnect_seconds: watari_hook::RECONNECT_SECONDS_MIN, marker };
+    let settings = settings(config, hook);
     let hooks = Arc::new(Hooks { config: config.clone(), handle, growing_since: Mutex::default() });
     HookServer::start(settings, hooks).await.map_err(|e| e.to_string())
 }
 
+/// Where the hook listens, and what it writes into domains.
+pub fn settings(config: &Config, hook: &Hook) -> HookConfig {
+    let marker = hook.outside_kubernetes.then(|| config.nbd.dir.join("marker.img"));
+    HookConfig { folder: hook.dir.clone(), reconnect_seconds: watari_hook::RECONNECT_SECONDS_MIN, marker }
+}
+
+/// The disks that we serve.
+pub fn synced(config: &Config) -> Vec<SyncedDisk> {
+    let disks = config.disks.iter().map(|d| SyncedDisk {
+        volume: d.name.clone(),
+        export: d.name.clone(),
+        socket: d.socket.display().to_string(),
+    });
+    disks.collect()
+}
+
 impl HookEngine for Hooks {
     async fn disks(&self) -> Vec<SyncedDisk> {
-        let disks = self.config.disks.iter().map(|d| SyncedDisk {
-            volume: d.name.clone(),
-            export: d.name.clone(),
-            socket: d.socket.display().to_string(),
-        });
-        disks.collect()
+        synced(&self.config)
     }
 
     /// A boot needs the active side, a migration target an open handover that is nearly in sync.
