@@ -2,6 +2,8 @@
 //!
 //! What it cannot ask for yet (filesystem-consistent cuts) has no field; `operator/README.md` lists it.
 
+use std::collections::BTreeMap;
+
 use kube::core::Duration;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
@@ -282,6 +284,9 @@ pub struct SyncPairStatus {
     /// How often it has changed its site.
     #[serde(default)]
     pub moves: i64,
+    /// While the VM is active at the peer: its claims here, which are the replica, by name with their UIDs. Other Pods are kept off them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub claims: BTreeMap<String, String>,
     /// The move that is under way, or the attempt that failed last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub crossing: Option<PairCrossing>,

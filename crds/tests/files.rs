@@ -13,8 +13,9 @@ fn what_is_generated_from_the_code_is_current() -> anyhow::Result<()> {
     for (path, expected) in generate::files()? {
         let file = here("..").join(path);
         let found = std::fs::read_to_string(&file).unwrap_or_default();
-        let remedy = "run `cargo run -p watari-crds --bin crdgen`";
-        assert_eq!(found, expected, "{} is stale: {remedy}", file.display());
+        let remedy = "run `cargo run --bin crdgen`";
+        // Both are pages long.
+        assert!(found == expected, "{} is stale: {remedy}", file.display());
     }
     Ok(())
 }

@@ -1,9 +1,14 @@
 //! A pair's status: what the sidecar reports, in the API's words, and what follows for people.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use kube::{Api, ResourceExt};
 use watari_crds::conditions::{Finding, Kind, Reason, merged};
-use watari_crds::pair::{Committed, DiskStatus, LinkStatus, PredictedCutover, Summary, SyncPair, SyncPairStatus};
+use watari_crds::crossing::Site;
+use watari_crds::pair::{
+    Committed, DiskStatus, LinkStatus, Phase, PredictedCutover, Summary, SyncPair, SyncPairStatus,
+};
 use watari_wire::report::Report;
 
 use super::crossing::Course;
@@ -44,6 +49,7 @@ pub async fn report(
         active_site: course.active,
         epoch: course.epoch,
         moves: course.moves,
+        claims: if holds_replica(decision.phase, course.active) { claims(seen) } else { BTreeMap::new() },
         crossing: course.record,
         history: course.history,
         ..figures
@@ -56,6 +62,16 @@ pub async fn report(
         events::tell(context, pair, &before.conditions, &findings).await;
     }
     Ok(())
+}
+
+/// Whether the VM's disks here are the replica. Those of a home that wrote alone are not yet: a person may want to copy them.
+fn holds_replica(phase: Phase, active: Site) -> bool {
+    active == Site::Peer && phase != Phase::Diverged
+}
+
+/// The VM's claims, by name with their UIDs.
+fn claims(seen: &Seen) -> BTreeMap<String, String> {
+    seen.claims.iter().filter_map(|(name, claim)| Some((name.clone(), claim.uid()?))).collect()
 }
 
 /// Everything of a status that a report tells. `memory` is the guest's, bytes.
@@ -111,6 +127,12 @@ fn in_words(bytes: u64) -> String {
 mod tests {
     use super::*;
     use watari_wire::report::{GenerationsReport, LinkReport};
+
+    #[test]
+    fn claims_are_held_while_they_are_the_replica_and_not_while_somebody_may_want_to_copy_them() {
+        assert!(holds_replica(Phase::Protected, Site::Peer) && holds_replica(Phase::Moving, Site::Peer));
+        assert!(!holds_replica(Phase::Protected, Site::Source) && !holds_replica(Phase::Diverged, Site::Peer));
+    }
 
     #[test]
     fn a_move_is_predicted_from_the_lag_and_the_guests_memory_at_the_measured_rate() {

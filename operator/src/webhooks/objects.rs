@@ -4,8 +4,8 @@
 //! notices. The chart owns these objects, so that uninstalling removes them; the operator only brings its authority into them
 //! ([`trust`]), as a field of its own.
 //!
-//! The policy keeps foreign Pods off replica claims also while the operator is stopped: the status of each SyncReplica lists the
-//! claims that were made for it, and the API server itself compares. It guards against accidents; who may create Pods with our labels may
+//! The policies keep foreign Pods off replica claims also while the operator is stopped: the status of each SyncReplica lists the
+//! claims that were made for it, that of a SyncPair those of a VM that is at the peer, and the API server itself compares. It guards against accidents; who may create Pods with our labels may
 //! also get past it.
 
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -126,17 +126,25 @@ pub fn trust(ca_pem: &str) -> [Value; 2] {
     ]
 }
 
-/// The policy on replica claims and its binding. Parameters are the SyncReplicas in the Pod's own namespace.
+/// The policies on replica claims, each with its binding. Parameters are the SyncReplicas in the Pod's own namespace, and the SyncPairs whose
+/// VM is active at the peer.
 ///
-/// - `status.claims`, not the names in the spec: the peer writes the spec, and must not decide which of our claims nobody may use.
-/// - The kind is our own. With ConfigMaps as parameters an API server (1.34) that had lost its last such policy saw no new ConfigMap
+/// - `status.claims`, not the names in a spec: the peer writes the SyncReplica's, and must not decide which of our claims nobody may use.
+/// - The kinds are our own. With ConfigMaps as parameters an API server (1.34) that had lost its last such policy saw no new ConfigMap
 ///   through a later one until it was restarted.
 /// - What cannot be evaluated is allowed (`Ignore`): that happens where our definitions were deleted, and then there is nothing to
 ///   protect; to refuse would keep every Pod of the cluster from being made.
-pub fn claims_policy() -> [Value; 2] {
-    let name = format!("claims.{ADMISSION}");
+pub fn claims_policies() -> [Value; 4] {
+    let [policy, binding] = claims_policy("claims", "SyncReplica", "params.spec.pairId");
+    let [home_policy, home_binding] = claims_policy("home-claims", "SyncPair", "params.metadata.uid");
+    [policy, binding, home_policy, home_binding]
+}
+
+/// Of one kind of parameters, in which `pair_id` is the pair's.
+fn claims_policy(prefix: &str, kind: &str, pair_id: &str) -> [Value; 2] {
+    let name = format!("{prefix}.{ADMISSION}");
     let ours = format!(
-        "'{pair}' in variables.labels && variables.labels['{pair}'] == params.spec.pairId && \
+        "'{pair}' in variables.labels && variables.labels['{pair}'] == {pair_id} && \
          (('{role}' in variables.labels && variables.labels['{role}'] == '{replica}') || \
           ('{kubevirt}' in variables.labels && variables.labels['{kubevirt}'] == '{launcher}'))",
         pair = label::PAIR,
@@ -150,7 +158,7 @@ pub fn claims_policy() -> [Value; 2] {
         "metadata": metadata(&name),
         "spec": {
             "failurePolicy": "Ignore",
-            "paramKind": { "apiVersion": format!("{GROUP}/{VERSION}"), "kind": "SyncReplica" },
+            "paramKind": { "apiVersion": format!("{GROUP}/{VERSION}"), "kind": kind },
             "matchConstraints": { "resourceRules": [{
                 "apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"],
             }] },
@@ -165,10 +173,11 @@ pub fn claims_policy() -> [Value; 2] {
             ],
             "validations": [{
                 "expression": "variables.ours || size(variables.taken) == 0",
-                "messageExpression":
-                    "'claim ' + variables.taken[0] + ' belongs to the replica of VM ' + params.spec.vmName + ' (SyncReplica ' + \
-                     params.metadata.name + ', pair ' + params.spec.pairId + '): another Pod that writes to it would destroy the replica. \
-                     Unpair the VM first'",
+                "messageExpression": format!(
+                    "'claim ' + variables.taken[0] + ' belongs to the replica of VM ' + params.spec.vmName + ' ({kind} ' + \
+                     params.metadata.name + ', pair ' + {pair_id} + '): another Pod that writes to it would destroy the replica. \
+                     Unpair the VM first'"
+                ),
                 "reason": "Forbidden",
             }],
         },

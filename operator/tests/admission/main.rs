@@ -22,6 +22,7 @@ use tokio::{net::TcpListener, sync::oneshot};
 use watari_clusters::{handle::Pair, network};
 use watari_crds::{
     names::{annotation, label, role},
+    pair::SyncPair,
     replica::SyncReplica,
     wiring::{VolumeMode, WiredDisk, Wiring},
 };
@@ -302,7 +303,9 @@ async fn foreign_pods_are_kept_off_replica_claims_without_any_operator() -> anyh
 }
 
 async fn foreign_pods(stage: &Stage) -> anyhow::Result<()> {
-    for object in objects::claims_policy() {
+    // Two policies and their bindings, of which this test has the SyncReplicas'.
+    let [policy, binding, ..] = objects::claims_policies();
+    for object in [policy, binding] {
         stage.apply(object).await?;
     }
     stage.dry_run(&plain_pod("early", "vm1-root")).await.context("there is no replica yet")?;
@@ -356,4 +359,40 @@ async fn foreign_pods(stage: &Stage) -> anyhow::Result<()> {
     replicas.delete(&replica.name_any(), &DeleteParams::default()).await?;
     until("the policy to let go", async || Ok(stage.dry_run(&plain_pod("late", "vm1-root")).await.is_ok())).await?;
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn foreign_pods_are_kept_off_the_claims_of_a_vm_that_is_at_the_peer() -> anyhow::Result<()> {
+    let Some(stage) = Stage::set("home").await? else { return Ok(()) };
+    let result = foreign_pods_at_home(&stage).await;
+    stage.end().await?;
+    result
+}
+
+async fn foreign_pods_at_home(stage: &Stage) -> anyhow::Result<()> {
+    let [.., policy, binding] = objects::claims_policies();
+    for object in [policy, binding] {
+        stage.apply(object).await?;
+    }
+    let pairs: Api<SyncPair> = Api::namespaced(stage.client.clone(), &stage.name);
+    let pair = json!({
+        "apiVersion": "watari.io/v1alpha1", "kind": "SyncPair", "metadata": { "name": "vm1" },
+        "spec": { "vmName": "vm1", "peer": "osaka" },
+    });
+    let pair = pairs.create(&PostParams::default(), &serde_json::from_value(pair)?).await?;
+    let id = pair.uid().context("a UID")?;
+    stage.dry_run(&plain_pod("home", "vm1-root")).await.context("the VM is at home: its claims are its own")?;
+    let claims = |claims: Value| Patch::Merge(json!({ "status": { "claims": claims } }));
+    pairs.patch_status("vm1", &PatchParams::default(), &claims(json!({ "vm1-root": "some-uid" }))).await?;
+    until("the policy to be in force", async || {
+        let outcome = stage.dry_run(&plain_pod("foreign", "vm1-root")).await;
+        let words = outcome.err().map(|error| error.to_string()).unwrap_or_default();
+        Ok(words.contains("belongs to the replica of VM vm1 (SyncPair vm1") && words.contains(&id))
+    })
+    .await?;
+    let mut holder = plain_pod("ours", "vm1-root");
+    holder["metadata"]["labels"] = json!({ label::PAIR: id, label::ROLE: role::REPLICA });
+    stage.dry_run(&holder).await.context("our own Pod that holds the folder")?;
+    pairs.patch_status("vm1", &PatchParams::default(), &claims(Value::Null)).await?;
+    until("the policy to let go", async || Ok(stage.dry_run(&plain_pod("late", "vm1-root")).await.is_ok())).await
 }
