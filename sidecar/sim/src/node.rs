@@ -294,7 +294,13 @@ impl Node {
         ctx.truth.moves += 1;
         if record.starts > 1 || record.epoch.counter > 1 {
             ctx.truth.check_generation(me, record.base, &found, "the disks of a new active side");
-            if !ctx.truth.unfenced.contains(&record.epoch.counter)
+            // A person who reclaims a source after its grant overrules the activation that the grant still leads to: what is
+            // written there from then on is in a higher epoch, which fences this side at the next contact.
+            let decided = ctx.truth.unfenced.range(record.epoch.counter..).next().is_some();
+            if decided {
+                ctx.cov.hit("active by a person's decision, or overruled by one");
+            }
+            if !decided
                 && let Some(theirs) = &ctx.truth.live[other]
             {
                 for (d, (a, b)) in theirs.content.iter().zip(&found).enumerate() {

@@ -21,10 +21,13 @@ const BUDGET_MAX: Duration = Duration::from_secs(240);
 /// Seeds that reach what hardly one history in ten thousand does, run first: without them the budget is used up on most machines.
 /// A change of the simulator's dice may take that from them; then the test says what is not reached, and a soak finds others.
 const RARE: [u64; 1] = [1_013_059];
+/// Seeds that failed once and still draw the same events, run first too.
+/// 2005698: a person reclaimed a sealed source after its grant; the target's late activation, in a lower epoch, was called a planned move.
+const REGRESSIONS: [u64; 1] = [2_005_698];
 
 #[test]
 fn random_histories_keep_every_invariant_and_come_to_rest() {
-    let (seeds, rare) = (AtomicU64::new(1_000_000), Mutex::new(RARE.to_vec()));
+    let (seeds, first) = (AtomicU64::new(1_000_000), Mutex::new([RARE, REGRESSIONS].concat()));
     let total = Mutex::new(history::Outcome::default());
     let failed = Mutex::new(Vec::new());
     let (ran, began) = (AtomicU64::new(0), Instant::now());
@@ -37,7 +40,7 @@ fn random_histories_keep_every_invariant_and_come_to_rest() {
                     began.elapsed() < BUDGET || began.elapsed() < BUDGET_MAX && !reached()
                 };
                 while more() && failed.lock().unwrap().is_empty() {
-                    let seed = rare.lock().unwrap().pop().unwrap_or_else(|| seeds.fetch_add(1, SeqCst));
+                    let seed = first.lock().unwrap().pop().unwrap_or_else(|| seeds.fetch_add(1, SeqCst));
                     match history::attempt(seed, &BTreeSet::new()) {
                         Ok(outcome) => {
                             assert!(outcome.events >= 200, "seed {seed} is too short: {} events", outcome.events);
