@@ -292,6 +292,7 @@ impl Node {
         }
         let Ok(found) = read_all(&self.images, &ctx.setup.sizes) else { return };
         ctx.truth.moves += 1;
+        ctx.truth.consented[me] = false;
         if record.starts > 1 || record.epoch.counter > 1 {
             ctx.truth.check_generation(me, record.base, &found, "the disks of a new active side");
             // A person who reclaims a source after its grant overrules the activation that the grant still leads to: what is
@@ -300,9 +301,7 @@ impl Node {
             if decided {
                 ctx.cov.hit("active by a person's decision, or overruled by one");
             }
-            if !decided
-                && let Some(theirs) = &ctx.truth.live[other]
-            {
+            if !decided && let Some(theirs) = &ctx.truth.live[other] {
                 for (d, (a, b)) in theirs.content.iter().zip(&found).enumerate() {
                     let differs = a.iter().zip(b).position(|(a, b)| a != b);
                     assert!(differs.is_none(), "a planned move lost a write: disk {d} sector {differs:?}");

@@ -63,6 +63,9 @@ impl<M: Storage, D: Images> ReplicaStore<M, D> {
         if !store.options.read_only {
             store.write_salvage()?;
             store.clean_up(&names, unfinished, &merged)?;
+            // So they are before a commit rests on what a former life left there, whose folder this may not be: "you have
+            // this" writes nothing (`create` has the same rule).
+            store.dirty_disks = (0..store.manifest.disk_bytes.len() as u16).collect();
         }
         Ok(Some(store))
     }
