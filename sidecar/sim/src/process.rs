@@ -149,7 +149,8 @@ impl Process {
         let role = self.role().clone();
         if role.is_active_side() && !matches!(role, Role::Promoting { .. }) {
             self.become_source(ctx, None, baseline);
-        } else if matches!(role, Role::Replica | Role::Voided { .. } | Role::Promoting { .. } | Role::Fenced { .. }) {
+        } else if matches!(role, Role::Replica | Role::Voided { .. } | Role::Promoting { .. }) {
+            // Not as Fenced: its disks are no replica's, and what may lie there is what a loss of power left of a removal.
             self.open_target(ctx);
         }
         let actions = self.site.resume();

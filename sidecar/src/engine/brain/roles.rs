@@ -10,7 +10,8 @@ impl Brain {
         if role.is_active_side() && !matches!(role, Role::Promoting { .. }) {
             let baseline = self.parts.baseline.clone();
             self.become_source(None, baseline);
-        } else if matches!(role, Role::Replica | Role::Voided { .. } | Role::Promoting { .. } | Role::Fenced { .. }) {
+        } else if matches!(role, Role::Replica | Role::Voided { .. } | Role::Promoting { .. }) {
+            // Not as Fenced: its disks are no replica's, and what may lie there is what a loss of power left of a removal.
             self.open_target();
         }
         if matches!(role, Role::Fenced { .. }) {
