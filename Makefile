@@ -10,6 +10,7 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 ARGS ?=
 MINUTES ?= 10
 SEEDS ?= 10000000
+POWER_SEEDS ?= 20
 SECONDS ?= 60
 # Tests that need running clusters; cargo runs them only by name.
 CLUSTER_TESTS := --test clusters --test standin --test rules --test admission --test product
@@ -60,9 +61,12 @@ demo: ## move a running VM over an emulated WAN, with a progress view, and compa
 	e2e/setup.sh demo
 	cargo run -q --bin watari-demo -- $(ARGS)
 
-soak: ## the long tests: 200 kills and 20 moves on real QEMU, millions of simulated histories (as root; ARGS narrows the first)
+soak: ## the long tests: simulated histories (MINUTES, SEEDS), the wide model, all mutations, POWER_SEEDS lives, then 200 kills and 20 moves on real QEMU (as root; ARGS narrows the last)
 	e2e/setup.sh test
 	cargo run --profile soak -p watari-sim -- soak --minutes $(MINUTES) --seeds $(SEEDS)
+	RIGHTS=full cargo test --profile soak -p watari-sim --test rights -- --nocapture --test-threads 1
+	cargo run --profile soak -p watari-sim -- mutate
+	POWER_SEEDS=$(POWER_SEEDS) cargo test --profile soak -p watari-store --test replica_power -- --nocapture
 	cargo run --release --bin watari-soak -- $(ARGS)
 
 fuzz: tools ## every decoder under libFuzzer, SECONDS each (needs cargo-fuzz, see sidecar/fuzz/README.md)
