@@ -23,11 +23,17 @@ struct Running {
 fn start() -> anyhow::Result<Running> {
     netns::require_root()?;
     // In a group of its own, so that a Ctrl-C can be imitated by a signal to the group.
-    let mut child = Command::new(env!("CARGO_BIN_EXE_watari-testbed"))
-        .args(["--vm", "1", "rate=1G", "delay=1ms"])
-        .stdout(Stdio::piped())
-        .process_group(0)
-        .spawn()?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_watari-testbed"));
+    command.args(["--vm", "1", "rate=1G", "delay=1ms"]).stdout(Stdio::piped()).process_group(0);
+    // SAFETY: one system call between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            // As at a terminal: what a shell starts in the background, these tests for one, ignores it.
+            libc::signal(libc::SIGINT, libc::SIG_DFL);
+            Ok(())
+        });
+    }
+    let mut child = command.spawn()?;
     let out = BufReader::new(child.stdout.take().context("piped")?);
     let mut made = HashMap::new();
     for line in out.lines() {
