@@ -292,6 +292,7 @@ impl Node {
         }
         let Ok(found) = read_all(&self.images, &ctx.setup.sizes) else { return };
         ctx.truth.moves += 1;
+        ctx.truth.consented[me] = false;
         if record.starts > 1 || record.epoch.counter > 1 {
             ctx.truth.check_generation(me, record.base, &found, "the disks of a new active side");
             // A person who reclaims a source after its grant overrules the activation that the grant still leads to: what is

@@ -304,6 +304,7 @@ impl World {
         if self.qemus[s].is_some() {
             self.qemu_gone(s, false);
         }
+        self.ctx.truth.consented[s] = true;
         self.event(s, Event::AcceptDivergence)
     }
 

@@ -49,6 +49,8 @@ pub struct Process {
     pub site: Site,
     pub session: Session,
     slot: SlotFile,
+    /// What is in the slot file.
+    written: RoleRecord,
     meta: SimStorage,
     pub medium: SimMedium,
     pub images: SimStorage,
@@ -98,10 +100,11 @@ impl Process {
         tracker: Tracker<SharedMaps>,
         logged: BTreeSet<Region>,
     ) -> Process {
-        let gate = site.gate();
+        let (gate, written) = (site.gate(), site.record().clone());
         Process {
             index: node.index,
             site,
+            written,
             session,
             slot,
             meta: node.medium.folder("meta"),
@@ -158,16 +161,32 @@ impl Process {
     }
 
     pub fn apply(&mut self, ctx: &mut Ctx, event: Event) {
+        self.follow_tracking(ctx);
         let before = self.role().name();
         let what = event_name(&event);
+        if matches!((&event, self.role()), (Event::Rolled { .. }, Role::Promoting { .. })) {
+            let attached = self.connection.is_some() && self.condemned != self.connection;
+            assert!(!attached, "a promotion serves the QEMU that was attached before it");
+        }
         let actions = self.site.apply(event);
         let after = self.role().name();
+        let seals = before != after && matches!(self.role(), Role::Sealed { .. });
+        assert!(!seals || !self.counts_as_untracked(), "a side that lost track seals: it cannot say what remains");
         ctx.cov.hit(format!("event {what} in {before}"));
         if before != after {
             ctx.cov.hit(format!("role {before} -> {after} by {what}"));
             ctx.note(|| format!("    site {} {before} -> {after} by {what}", self.index));
         }
         self.perform(ctx, actions);
+    }
+
+    /// The table refuses to seal for a side that is Untracked: it must know (engine/brain.rs).
+    fn follow_tracking(&mut self, ctx: &mut Ctx) {
+        let untracked = self.source.is_some() && self.counts_as_untracked();
+        if !self.dead && self.site.record().untracked != untracked {
+            let action = self.site.amend(|r| r.untracked = untracked);
+            self.perform(ctx, vec![action]);
+        }
     }
 
     /// Do what the core says, in its order, until the record cannot be written.
@@ -184,9 +203,16 @@ impl Process {
                         return;
                     }
                     self.follow_epoch(ctx, &record);
+                    self.written = record;
                 }
-                Action::Send(m) => self.send(ctx, Body::Handover(m)),
+                Action::Send(m) => {
+                    self.check_written();
+                    self.send(ctx, Body::Handover(m));
+                }
                 Action::Gate(gate) => {
+                    if gate == Gate::Serve {
+                        self.check_written();
+                    }
                     if gate == Gate::Dead {
                         // What passed the gate before must not be admitted after it.
                         self.tracker.seal();
@@ -230,6 +256,13 @@ impl Process {
             }
         }
         self.offered = self.site.offered();
+    }
+
+    /// I6: the peer hears, and a guest is served, only what is durable.
+    fn check_written(&self) {
+        let rights = |r: &RoleRecord| (r.epoch, r.floor, r.role.clone());
+        let (now, written) = (rights(self.site.record()), rights(&self.written));
+        assert!(now == written, "I6: site {} acts as {now:?} before that is written: {written:?}", self.index);
     }
 
     /// A higher epoch is durable here: frames of a lower one are neither sent nor taken from now on (I6).
@@ -364,6 +397,13 @@ impl Process {
             ctx.net.hang_up(wire, self.index);
             return;
         }
+        let spoken = |speaks: Speaks| (1..=speaks.highest).filter(move |v| *v >= speaks.lowest);
+        assert!(
+            spoken(self.speaks).any(|v| spoken(hello.speaks).any(|w| v == w)),
+            "a link of {:?} and {:?}, which have no version in common",
+            self.speaks,
+            hello.speaks
+        );
         let mine = self.hello().peer;
         let outdated = |said: &Peer| said.epoch != mine.epoch || said.floor != mine.floor || said.role != mine.role;
         if dialer && ctx.net.wires.get(&wire).is_some_and(|w| outdated(&w.said)) {

@@ -94,6 +94,8 @@ pub struct Truth {
     pub outdated: [BTreeSet<Generation>; 2],
     /// Changes of the site that serves.
     pub moves: u64,
+    /// Sites of which a person said that what they hold beyond the other's history may be overwritten.
+    pub consented: [bool; 2],
 }
 
 impl Truth {
@@ -157,6 +159,7 @@ impl Truth {
     pub fn adopted(&mut self, site: usize, generation: Generation, found: Disks) {
         use std::collections::btree_map::Entry;
         if let Entry::Vacant(new) = self.generations.entry(generation) {
+            assert!(self.consented[site], "disks that nobody shares become a replica, and no person consented");
             new.insert(GenTruth { content: found, in_flight: BTreeMap::new(), fixed: true });
             return;
         }

@@ -25,7 +25,8 @@ const RARE: [u64; 1] = [1_013_059];
 /// 2005698: a person reclaimed a sealed source after its grant; the target's late activation, in a lower epoch, was called a planned move.
 /// 7000295: a folder was restored from an old copy, and what the images held beyond it was vouched for before it was synced.
 /// 10080485: a fenced side that restarted opened what a loss of power had left of its removed replica.
-const REGRESSIONS: [u64; 3] = [2_005_698, 7_000_295, 10_080_485];
+/// 30000071: a side that wrote without a log sealed for a take-over, since its record never said that it had lost track.
+const REGRESSIONS: [u64; 4] = [2_005_698, 7_000_295, 10_080_485, 30_000_071];
 
 #[test]
 fn random_histories_keep_every_invariant_and_come_to_rest() {

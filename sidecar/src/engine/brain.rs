@@ -318,16 +318,27 @@ impl Brain {
     }
 
     fn apply(&mut self, event: handover::Event) {
+        self.follow_tracking();
         let actions = self.parts.site.apply(event);
         self.perform(actions);
     }
 
     /// The same; what the core refuses, if it does.
     fn apply_or_refuse(&mut self, event: handover::Event) -> Result<(), &'static str> {
+        self.follow_tracking();
         let actions = self.parts.site.apply(event);
         let refusal = actions.iter().find_map(|a| if let Action::Refuse(why) = a { Some(*why) } else { None });
         self.perform(actions);
         refusal.map_or(Ok(()), Err)
+    }
+
+    /// The table refuses to seal for a side that is Untracked or a pass-through (design §3.5): it must know.
+    fn follow_tracking(&mut self) {
+        let untracked = self.source.is_some() && self.parts.shared.untracked();
+        if self.parts.site.record().untracked != untracked {
+            let action = self.parts.site.amend(|r| r.untracked = untracked);
+            self.perform(vec![action]);
+        }
     }
 
     /// Do what the core says, in its order.
