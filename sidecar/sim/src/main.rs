@@ -91,7 +91,10 @@ fn mutate(only: &str, minutes: f64) -> ExitCode {
         println!("{:<62} {:>6}  {by}", v.name, v.histories);
     };
     println!("{:<62} {:>6}  caught by", "mutation", "after");
-    match mutations::run(only, minutes, told) {
+    let work = std::env::temp_dir().join(format!("watari-mutations-{}", std::process::id()));
+    let verdicts = mutations::run(&work, |name| name.contains(only), minutes, told);
+    let _ = std::fs::remove_dir_all(&work);
+    match verdicts {
         Ok(verdicts) => {
             let excused = |name: &str| mutations::REDUNDANT.iter().any(|(n, _)| *n == name);
             let survived = verdicts.iter().filter(|v| v.caught.is_none() && !excused(v.name)).count();
