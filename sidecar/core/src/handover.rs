@@ -34,7 +34,7 @@ mod words;
 pub use words::{Action, Condition, Event, Gate, Message, Peer, PeerRole};
 
 /// One side: its durable record and what it knows until the next restart.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Site {
     record: RoleRecord,
     linked: bool,

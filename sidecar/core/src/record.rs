@@ -14,7 +14,7 @@ use crate::{
 pub type Id = [u8; 16];
 
 /// What this side is. The data of a state is what must survive a restart in it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Role {
     /// The active side: guest writes are accepted, tracked and sent.
     Serving,
@@ -79,7 +79,7 @@ impl Role {
 }
 
 /// A disk as both sides agreed on it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct DiskRecord {
     pub name: String,
     /// The size the guest sees, bytes.
@@ -87,7 +87,7 @@ pub struct DiskRecord {
 }
 
 /// Everything of the role record.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct RoleRecord {
     pub pair: Id,
     /// This folder.

@@ -2,12 +2,25 @@
 //! and operators and people who decide what they like. The transition function is [`Site::apply`] itself; nothing of
 //! the table is written a second time here.
 //!
-//! Disks are abstracted to the set of writes that they hold, one bit each; a generation is such a set. What is left out:
-//! blocks, frames, application in steps (the simulator has them), and time.
+//! Disks are abstracted to the set of writes that they hold, one bit each: every write is a block of its own, and none is
+//! lost under another. A generation is such a set. What is left out: frames, application in steps, what was read before
+//! it is overwritten (the simulator has them), time, and the QEMU that attaches and leaves, of which the table only tells
+//! the other side, which changes its pace.
+//!
+//! What makes the states few enough to visit all of them, without leaving out a behaviour:
+//!
+//! - *One side acts at a time.* An action changes its own side or adds a message for the other; both can as well happen
+//!   before or after whatever the other side does. So a list of actions runs to its end ([`State::perform`]); it halts only
+//!   where a crash would leave something else than a crash before the list or a lost message: before a record that is
+//!   not the first thing done.
+//! - *Nothing is lost by delivering it never.* A message stays where it is, may be delivered any number of times and in
+//!   any order, and goes only when there is no room: then any may go, also the new one.
+//! - *Names are reused when nobody knows them.* A life's session is the smallest that no record and no message names.
+//! - *What cannot matter any more is forgotten*: who wrote when there are no writes left, older generations and whether
+//!   the peer is within reach when there are no promotions left.
 
 use std::{
     collections::VecDeque,
-    fmt::Write as _,
     hash::{Hash, Hasher},
 };
 
@@ -32,21 +45,24 @@ pub struct Bounds {
 }
 
 /// What a living process has beside its durable record.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Life {
     pub site: Site,
+    pub session: u64,
     /// Actions that are still to be performed, in order. A crash loses them.
     pub todo: VecDeque<Action>,
     pub gate: Gate,
     /// No write is admitted, and whether the remainder is to be sent.
     pub sealed: bool,
     pub sealing: bool,
+    /// What the shell works at until it reports back.
     pub goal: Option<Generation>,
     pub rolling: Option<Generation>,
+    pub adopting: Option<Generation>,
 }
 
 /// One site.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Side {
     pub durable: RoleRecord,
     pub life: Option<Life>,
@@ -54,14 +70,15 @@ pub struct Side {
     pub content: u8,
     /// Generations committed here, oldest first.
     pub kept: Vec<Generation>,
-    pub lives: u8,
+    /// A person said that what this side holds beyond the other's history may be overwritten.
+    pub consented: bool,
 }
 
 /// The whole.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct State {
     pub sides: [Side; 2],
-    /// Messages on their way to each side.
+    /// Messages on their way to each side; their order says nothing.
     pub net: [Vec<Message>; 2],
     /// What each generation holds.
     pub generations: Vec<(Generation, u8)>,
@@ -82,26 +99,26 @@ const CRASHES: usize = 4;
 /// What may happen next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Move {
-    /// The next action of a list is performed.
+    /// A list of actions that halted goes on.
     Perform(usize),
+    /// No room for the message that is to be sent: this one makes room, or the new one is lost.
+    Displace {
+        from: usize,
+        which: Option<usize>,
+    },
     Write(usize),
     Replicate(usize),
     Drain(usize),
     Applied(usize),
     Rolled(usize),
+    Adopted(usize),
     Meet(usize),
     Part(usize),
     Deliver {
         to: usize,
         which: usize,
-        again: bool,
-    },
-    Lose {
-        to: usize,
-        which: usize,
     },
     Open(usize),
-    Attach(usize),
     WantWrite(usize),
     Void(usize),
     TakeOver(usize),
@@ -115,28 +132,22 @@ pub enum Move {
 impl Move {
     /// Not a fault, and no decision of a person that only a person may take.
     pub fn is_duty(self) -> bool {
-        !matches!(self, Move::Part(_) | Move::Lose { .. } | Move::Crash(_) | Move::Open(_) | Move::Write(_))
-    }
-}
-
-struct Into<'a, H>(&'a mut H);
-
-impl<H: Hasher> std::fmt::Write for Into<'_, H> {
-    fn write_str(&mut self, s: &str) -> std::fmt::Result {
-        self.0.write(s.as_bytes());
-        Ok(())
+        !matches!(self, Move::Part(_) | Move::Crash(_) | Move::Open(_) | Move::Write(_))
     }
 }
 
 impl Hash for State {
     fn hash<H: Hasher>(&self, hasher: &mut H) {
-        // The core's types have no `Hash`; their words do.
-        for side in &self.sides {
-            hasher.write(&side.durable.encode());
-            let _ = write!(Into(hasher), "{:?}", side.life);
-            (side.content, side.lives, &side.kept).hash(hasher);
+        (&self.sides, &self.generations, &self.writers, &self.unfenced, self.used, self.bad).hash(hasher);
+        for queue in &self.net {
+            // In any order.
+            let one = |m: &Message| {
+                let mut hasher = std::hash::DefaultHasher::new();
+                m.hash(&mut hasher);
+                hasher.finish()
+            };
+            (queue.len(), queue.iter().map(one).fold(0, u64::wrapping_add)).hash(hasher);
         }
-        (&self.net, &self.generations, &self.writers, &self.unfenced, self.used, self.bad).hash(hasher);
     }
 }
 
@@ -163,11 +174,9 @@ impl Default for State {
         let base = Generation { epoch: 1, number: GenerationNumber(1) };
         let side = |index| {
             let kept = if index == 0 { Vec::new() } else { vec![base] };
-            let mut side = Side { durable: record(index), life: None, content: 0, kept, lives: 0 };
-            side.start();
-            side
+            Side { durable: record(index), life: None, content: 0, kept, consented: false }
         };
-        State {
+        let mut state = State {
             sides: [side(0), side(1)],
             net: Default::default(),
             generations: vec![(base, 0)],
@@ -175,35 +184,76 @@ impl Default for State {
             unfenced: Vec::new(),
             used: [0; 5],
             bad: None,
-        }
+        };
+        let nothing = Bounds { writes: 0, handovers: 0, promotions: 0, reclaims: 0, crashes: 0, messages: 1 };
+        (0..2).for_each(|s| state.start(s, &nothing));
+        state
     }
 }
 
 impl Side {
-    fn start(&mut self) {
-        self.lives += 1;
-        let mut site = Site::new(self.durable.clone(), u64::from(self.lives));
-        let gate = site.gate();
-        let todo = site.resume().into();
-        self.life = Some(Life { site, todo, gate, sealed: false, sealing: false, goal: None, rolling: None });
-    }
-
     /// A living process that is not in the middle of something.
     fn idle(&self) -> Option<&Life> {
         self.life.as_ref().filter(|l| l.todo.is_empty())
     }
 
+    /// Guest writes are admitted: that is for gate and tracker to say, whatever the role.
     fn serves(&self) -> bool {
-        let served = |l: &Life| l.gate == Gate::Serve && !l.sealed && l.site.record().role.accepts_writes();
-        self.life.as_ref().is_some_and(served)
+        self.life.as_ref().is_some_and(|l| l.gate == Gate::Serve && !l.sealed)
+    }
+}
+
+/// The session that a message names.
+fn session_of(message: &Message) -> Option<u64> {
+    match message {
+        Message::Acquire { session, .. } | Message::TakeOver { session, .. } | Message::Grant { session, .. } => {
+            Some(*session)
+        }
+        _ => None,
     }
 }
 
 impl State {
+    fn start(&mut self, s: usize, bounds: &Bounds) {
+        let other = &self.sides[1 - s];
+        let sealed_for = |record: &RoleRecord| match record.role {
+            Role::Sealed { session, .. } => Some(session),
+            _ => None,
+        };
+        let records =
+            [Some(&other.durable), other.life.as_ref().map(|l| l.site.record()), Some(&self.sides[s].durable)];
+        let mut known: Vec<u64> = records.into_iter().flatten().filter_map(sealed_for).collect();
+        known.extend(self.net.iter().flatten().filter_map(session_of));
+        let session = (1..).find(|n| !known.contains(n)).unwrap_or_default();
+        let mut site = Site::new(self.sides[s].durable.clone(), session);
+        let gate = site.gate();
+        let todo = site.resume().into();
+        self.sides[s].life = Some(Life {
+            site,
+            session,
+            todo,
+            gate,
+            sealed: false,
+            sealing: false,
+            goal: None,
+            rolling: None,
+            adopting: None,
+        });
+        self.perform(s, true, bounds);
+    }
+
+    /// A name that nobody else gives in this epoch.
     fn id(&self, s: usize) -> [u8; 16] {
         let mut id = [0; 16];
-        let counter = self.sides[s].life.as_ref().map_or(0, |l| l.site.record().epoch.counter);
-        (id[0], id[1], id[2]) = (s as u8 + 1, self.sides[s].lives, counter as u8);
+        let life = self.sides[s].life.as_ref();
+        let counter = life.map_or(0, |l| l.site.record().epoch.counter);
+        (id[0], id[2]) = (s as u8 + 1, counter as u8);
+        id
+    }
+
+    fn nonce(&self, s: usize) -> [u8; 16] {
+        let mut id = self.id(s);
+        id[1] = self.sides[s].life.as_ref().map_or(0, |l| l.session as u8);
         id
     }
 
@@ -221,6 +271,22 @@ impl State {
     /// Everything that may happen now.
     pub fn moves(&self, bounds: &Bounds, out: &mut Vec<Move>) {
         let left = |what: usize, bound: u8| self.used[what] < bound;
+        let busy = (0..2).find(|s| self.sides[*s].life.as_ref().is_some_and(|l| !l.todo.is_empty()));
+        if let Some(s) = busy {
+            match self.sides[s].life.as_ref().and_then(|l| l.todo.front()) {
+                Some(Action::Send(_)) => {
+                    let all = (0..self.net[1 - s].len()).map(Some).chain([None]);
+                    out.extend(all.map(|which| Move::Displace { from: s, which }));
+                }
+                _ => {
+                    out.push(Move::Perform(s));
+                    if left(CRASHES, bounds.crashes) {
+                        out.push(Move::Crash(s));
+                    }
+                }
+            }
+            return;
+        }
         for s in 0..2 {
             let Some(life) = &self.sides[s].life else {
                 out.push(Move::Restart(s));
@@ -231,10 +297,6 @@ impl State {
             }
             if self.sides[s].serves() && left(WRITES, bounds.writes) {
                 out.push(Move::Write(s));
-            }
-            if !life.todo.is_empty() {
-                out.push(Move::Perform(s));
-                continue;
             }
             let role = &life.site.record().role;
             if let Some(t) = self.receiver(s) {
@@ -252,17 +314,23 @@ impl State {
             if life.rolling.is_some() {
                 out.push(Move::Rolled(s));
             }
+            if life.adopting.is_some() {
+                out.push(Move::Adopted(s));
+            }
             if self.sides[1 - s].life.is_some() {
                 out.push(Move::Meet(s));
             }
-            out.push(Move::Part(s));
-            for which in 0..self.net[s].len() {
-                out.push(Move::Deliver { to: s, which, again: false });
-                out.push(Move::Deliver { to: s, which, again: true });
-                out.push(Move::Lose { to: s, which });
+            if self.takes_over_later(bounds) {
+                out.push(Move::Part(s));
             }
+            out.extend((0..self.net[s].len()).map(|which| Move::Deliver { to: s, which }));
             self.decisions(s, life, bounds, out);
         }
+    }
+
+    /// Only then it matters whether the peer is within reach, and which generations are kept.
+    fn takes_over_later(&self, bounds: &Bounds) -> bool {
+        self.used[PROMOTIONS] < bounds.promotions
     }
 
     fn decisions(&self, s: usize, life: &Life, bounds: &Bounds, out: &mut Vec<Move>) {
@@ -272,13 +340,13 @@ impl State {
                 if left(HANDOVERS, bounds.handovers) && matches!(life.site.record().role, Role::Serving) {
                     out.push(Move::Open(s));
                 }
-                if left(RECLAIMS, bounds.reclaims) {
+                if left(RECLAIMS, bounds.reclaims) || self.diverged() {
                     out.push(Move::Reclaim(s));
                 }
             }
             Role::Replica | Role::Voided { .. } => {
                 if life.site.offered() {
-                    out.extend([Move::Attach(s), Move::WantWrite(s)]);
+                    out.push(Move::WantWrite(s));
                 }
                 out.push(Move::Void(s));
                 if left(PROMOTIONS, bounds.promotions) {
@@ -291,10 +359,18 @@ impl State {
         }
     }
 
-    fn apply(&mut self, s: usize, event: Event) {
+    /// Both sides raised one counter apart from each other. The condition asks a person to name one, as often as it is so.
+    fn diverged(&self) -> bool {
+        let active = self.sides.iter().all(|side| side.durable.role.is_active_side());
+        let [a, b] = self.sides.each_ref().map(|side| side.durable.epoch);
+        active && a.counter == b.counter && a.activation != b.activation
+    }
+
+    fn apply(&mut self, s: usize, event: Event, bounds: &Bounds) {
         if let Some(life) = &mut self.sides[s].life {
             life.todo = life.site.apply(event).into();
         }
+        self.perform(s, true, bounds);
     }
 
     /// What a move leads to; `None`: nothing that can be seen.
@@ -302,12 +378,24 @@ impl State {
         let mut next = self.clone();
         next.make(made, bounds);
         next.judge();
+        next.forget(bounds);
         (next != *self).then_some(next)
     }
 
     fn make(&mut self, made: Move, bounds: &Bounds) {
         match made {
-            Move::Perform(s) => self.perform(s, bounds),
+            Move::Perform(s) => self.perform(s, true, bounds),
+            Move::Displace { from, which } => {
+                if let (Some(which), Some(Action::Send(message))) =
+                    (which, self.sides[from].life.as_mut().and_then(|l| l.todo.front().cloned()))
+                {
+                    self.net[1 - from][which] = message;
+                }
+                if let Some(life) = &mut self.sides[from].life {
+                    life.todo.pop_front();
+                }
+                self.perform(from, false, bounds);
+            }
             Move::Write(s) => self.write(s),
             Move::Replicate(s) => {
                 self.transfer(s);
@@ -317,12 +405,12 @@ impl State {
                 if let Some(life) = &mut self.sides[s].life {
                     life.sealing = false;
                 }
-                self.apply(s, Event::RemainderSent { generation });
+                self.apply(s, Event::RemainderSent { generation }, bounds);
             }
             Move::Applied(s) => {
                 let generation = self.sides[s].life.as_mut().and_then(|l| l.goal.take()).unwrap_or_default();
                 let activation = ActivationId(self.id(s));
-                self.apply(s, Event::Applied { generation, activation });
+                self.apply(s, Event::Applied { generation, activation }, bounds);
             }
             Move::Rolled(s) => {
                 let generation = self.sides[s].life.as_mut().and_then(|l| l.rolling.take()).unwrap_or_default();
@@ -330,65 +418,92 @@ impl State {
                     self.sides[s].content = content;
                 }
                 let activation = ActivationId(self.id(s));
-                self.apply(s, Event::Rolled { activation });
-                self.note_unfenced(s);
+                let actions = self.sides[s].life.as_mut().map(|l| l.site.apply(Event::Rolled { activation }));
+                self.decided(s, actions, bounds);
+            }
+            Move::Adopted(s) => {
+                let generation = self.sides[s].life.as_mut().and_then(|l| l.adopting.take()).unwrap_or_default();
+                self.sides[s].kept = vec![generation];
+                self.apply(s, Event::Adopted, bounds);
             }
             Move::Meet(s) => {
                 let peer = self.peer(1 - s);
                 let activation = ActivationId(self.id(s));
-                self.apply(s, Event::Met { peer, activation });
+                self.apply(s, Event::Met { peer, activation }, bounds);
             }
-            Move::Part(s) => self.apply(s, Event::Parted),
-            Move::Deliver { to, which, again } => {
-                let message = if again { self.net[to][which].clone() } else { self.net[to].remove(which) };
+            Move::Part(s) => self.apply(s, Event::Parted, bounds),
+            Move::Deliver { to, which } => {
+                let message = self.net[to][which].clone();
                 let activation = ActivationId(self.id(to));
-                self.apply(to, Event::Received(message, activation));
-            }
-            Move::Lose { to, which } => {
-                self.net[to].remove(which);
+                self.apply(to, Event::Received(message, activation), bounds);
             }
             Move::Open(s) => {
                 self.used[HANDOVERS] += 1;
                 let handover = [self.used[HANDOVERS]; 16];
-                self.apply(s, Event::OpenHandover { handover });
+                self.apply(s, Event::OpenHandover { handover }, bounds);
             }
-            Move::Attach(s) => self.apply(s, Event::GuestAttached),
             Move::WantWrite(s) => {
-                let nonce = self.id(s);
-                self.apply(s, Event::WantWrite { nonce });
+                let nonce = self.nonce(s);
+                self.apply(s, Event::WantWrite { nonce }, bounds);
             }
             Move::Void(s) => {
                 let activation = ActivationId(self.id(s));
-                self.apply(s, Event::WantVoid { activation });
+                self.apply(s, Event::WantVoid { activation }, bounds);
             }
             Move::TakeOver(s) => {
                 self.used[PROMOTIONS] += 1;
-                let (handover, nonce) = ([0x40 | self.used[PROMOTIONS]; 16], self.id(s));
-                self.apply(s, Event::TakeOver { handover, nonce });
+                let (handover, nonce) = ([0x40 | self.used[PROMOTIONS]; 16], self.nonce(s));
+                self.apply(s, Event::TakeOver { handover, nonce }, bounds);
             }
             Move::Promote(s, which) => {
                 self.used[PROMOTIONS] += 1;
                 let generation = self.sides[s].kept[which];
-                self.apply(s, Event::Promote { generation });
+                self.apply(s, Event::Promote { generation }, bounds);
             }
             Move::Reclaim(s) => {
-                self.used[RECLAIMS] += 1;
+                self.used[RECLAIMS] += u8::from(!self.diverged());
                 let activation = ActivationId(self.id(s));
-                self.apply(s, Event::Reclaim { activation });
-                self.note_unfenced(s);
+                let actions = self.sides[s].life.as_mut().map(|l| l.site.apply(Event::Reclaim { activation }));
+                self.decided(s, actions, bounds);
             }
-            Move::Accept(s) => self.apply(s, Event::AcceptDivergence),
+            Move::Accept(s) => {
+                self.sides[s].consented = true;
+                self.apply(s, Event::AcceptDivergence, bounds);
+            }
             Move::Crash(s) => {
                 self.used[CRASHES] += 1;
                 self.sides[s].life = None;
             }
-            Move::Restart(s) => self.sides[s].start(),
+            Move::Restart(s) => self.start(s, bounds),
         }
     }
 
-    fn note_unfenced(&mut self, s: usize) {
-        if let Some(life) = &self.sides[s].life {
+    /// A person's decision raised the epoch of `s`, against a side that may not have been asked.
+    fn decided(&mut self, s: usize, actions: Option<Vec<Action>>, bounds: &Bounds) {
+        if let Some(life) = &mut self.sides[s].life {
             self.unfenced.push(life.site.record().epoch.counter);
+            life.todo = actions.unwrap_or_default().into();
+        }
+        self.perform(s, true, bounds);
+    }
+
+    /// What no move asks for any more.
+    fn forget(&mut self, bounds: &Bounds) {
+        self.unfenced.sort_unstable();
+        self.unfenced.dedup();
+        self.writers.sort_unstable_by_key(|(e, s)| (e.counter, e.activation.0, *s));
+        if self.used[WRITES] >= bounds.writes {
+            self.writers.clear();
+        }
+        if !self.takes_over_later(bounds) {
+            for side in &mut self.sides {
+                let older = side.kept.len().saturating_sub(1);
+                side.kept.drain(..older);
+                if let Some(life) = side.life.as_mut().filter(|l| l.todo.is_empty()) {
+                    let said = life.site.apply(Event::Parted);
+                    assert!(said.is_empty(), "a link that ends asks for nothing");
+                }
+            }
         }
     }
 
@@ -403,7 +518,11 @@ impl State {
     /// A guest's write is acknowledged.
     fn write(&mut self, s: usize) {
         let Some(life) = &self.sides[s].life else { return };
-        let epoch = life.site.record().epoch;
+        let record = life.site.record();
+        if !record.role.accepts_writes() {
+            self.bad = Some("a write is acknowledged by a side that may not write");
+        }
+        let epoch = record.epoch;
         self.sides[s].content |= 1 << self.used[WRITES];
         self.used[WRITES] += 1;
         match self.writers.iter().find(|(e, _)| *e == epoch) {
@@ -421,29 +540,61 @@ impl State {
         {
             return newest;
         }
-        let epoch = self.sides[s].life.as_ref().map_or(0, |l| l.site.record().epoch.counter);
-        let number = self.generations.iter().map(|(g, _)| g.number.0).max().unwrap_or(0) + 1;
+        let Some(life) = &mut self.sides[s].life else { return Generation::default() };
+        let epoch = life.site.record().epoch.counter;
+        let newest = self.generations.iter().map(|(g, _)| g.number.0).max().unwrap_or(0);
+        let number = life.site.record().numbers_reserved.0.max(newest + 1);
         let generation = Generation { epoch, number: GenerationNumber(number) };
+        // A number is reserved before it is used.
+        let reserved = life.site.amend(|r| r.numbers_reserved = GenerationNumber(number + 1));
+        if let Action::Persist(record) = reserved {
+            self.sides[s].durable = record;
+        }
         self.generations.push((generation, content));
         self.sides[t].kept.push(generation);
         self.sides[t].content = content;
         generation
     }
 
-    fn perform(&mut self, s: usize, bounds: &Bounds) {
-        let Some(action) = self.sides[s].life.as_mut().and_then(|l| l.todo.pop_front()) else { return };
+    /// Actions until the list ends, halts where a crash matters, or a message finds no room. `begins`: none of the list (or
+    /// of what is left of it after a halt) was performed yet.
+    fn perform(&mut self, s: usize, begins: bool, bounds: &Bounds) {
+        let mut first = begins;
+        while let Some(life) = &mut self.sides[s].life {
+            match life.todo.front() {
+                None => return,
+                Some(Action::Persist(_)) if !first && self.used[CRASHES] < bounds.crashes => return,
+                Some(Action::Send(message)) => {
+                    let queue = &self.net[1 - s];
+                    let full = queue.len() >= bounds.messages && !queue.contains(message);
+                    if full && tells(message) {
+                        return;
+                    }
+                }
+                Some(_) => {}
+            }
+            let Some(action) = life.todo.pop_front() else { return };
+            first &= matches!(action, Action::Converge(_) | Action::SyncDisks | Action::Refuse(_) | Action::Report(_));
+            self.act(s, action);
+        }
+    }
+
+    fn act(&mut self, s: usize, action: Action) {
         let Some(life) = &mut self.sides[s].life else { return };
         match action {
             Action::Persist(record) => self.sides[s].durable = record,
             Action::Send(message) => {
                 let queue = &mut self.net[1 - s];
-                if queue.len() < bounds.messages && !queue.contains(&message) {
+                if tells(&message) && !queue.contains(&message) {
                     queue.push(message);
                 }
             }
             Action::Gate(gate) => {
                 life.sealed |= gate == Gate::Dead;
                 life.gate = gate;
+                if gate == Gate::Serve && life.site.record() != &self.sides[s].durable {
+                    self.bad = Some("a guest is served by a right that is not written");
+                }
             }
             Action::SealAndSend => (life.sealed, life.sealing) = (true, true),
             Action::Unseal => (life.sealed, life.sealing) = (false, false),
@@ -455,20 +606,27 @@ impl State {
                     self.became_source(s, base);
                 }
             }
-            Action::BecomeReplica { generation } => self.became_replica(s, generation),
+            Action::BecomeReplica { generation } => {
+                life.adopting = Some(generation);
+                self.became_replica(s, generation);
+            }
             Action::Converge(_) | Action::SyncDisks | Action::Refuse(_) | Action::Report(_) => {}
         }
     }
 
     fn became_source(&mut self, s: usize, base: Generation) {
         let content = self.sides[s].content;
+        let counter = self.sides[s].durable.epoch.counter;
         if self.content_of(base) != Some(content) {
             self.bad = Some("a new active side does not hold the generation that it begins from");
         }
-        if self.unfenced.is_empty() && content != self.sides[1 - s].content {
+        // What a person decided in this epoch or above overrules the other side's disks, or this activation.
+        let decided = self.unfenced.iter().any(|c| *c >= counter);
+        if !decided && content != self.sides[1 - s].content {
             self.bad = Some("a planned move lost an acknowledged write");
         }
         self.sides[s].kept.clear();
+        self.sides[s].consented = false;
     }
 
     fn became_replica(&mut self, s: usize, generation: Generation) {
@@ -476,12 +634,12 @@ impl State {
         match self.content_of(generation) {
             Some(known) if known != content => self.bad = Some("disks become a generation that they do not hold"),
             Some(_) => {}
-            None => self.generations.push((generation, content)),
-        }
-        self.sides[s].kept = vec![generation];
-        if let Some(life) = &mut self.sides[s].life {
-            let more = life.site.apply(Event::Adopted);
-            more.into_iter().rev().for_each(|a| life.todo.push_front(a));
+            None => {
+                self.generations.push((generation, content));
+                if !self.sides[s].consented {
+                    self.bad = Some("disks that nobody shares become a replica, and no person consented");
+                }
+            }
         }
     }
 
@@ -510,4 +668,10 @@ impl State {
             _ => false,
         })
     }
+}
+
+/// Whether a message tells the table anything: these three are for the shell, and the table only hears them
+/// (`what_attaches_and_leaves_says_nothing_of_rights` in the tests).
+fn tells(message: &Message) -> bool {
+    !matches!(message, Message::Attached { .. } | Message::QemuLeft { .. } | Message::Released { .. })
 }

@@ -131,7 +131,7 @@ pub enum Gate {
 }
 
 /// What must be done, in this order.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Action {
     /// Write the record durably; nothing after this happens before it is.
     Persist(RoleRecord),
