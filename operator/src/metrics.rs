@@ -40,7 +40,7 @@ struct PhaseLabels {
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
 struct KindLabel {
-    kind: &'static str,
+    kind: String,
 }
 
 /// Shared by controllers and server.
@@ -91,8 +91,8 @@ impl Metrics {
     }
 
     /// A reconcile of an object of this kind failed.
-    pub fn failed(&self, kind: &'static str) {
-        self.failures.get_or_create(&KindLabel { kind }).inc();
+    pub fn failed(&self, kind: &str) {
+        self.failures.get_or_create(&KindLabel { kind: kind.to_owned() }).inc();
     }
 
     /// What was found of a pair. Figures that are not known now have no series.

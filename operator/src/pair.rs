@@ -14,7 +14,6 @@ pub mod say;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
 use kube::runtime::controller::Action;
 use kube::{Api, ResourceExt};
 use watari_crds::pair::{Phase, SyncPair};
@@ -52,19 +51,13 @@ pub enum Error {
 /// Runs until the process ends.
 pub async fn run(context: Context) {
     let api: Api<SyncPair> = Api::all(context.client.clone());
-    wake::with_pods(wake::controller(api), context.client.clone(), ResourceExt::uid)
-        .run(reconcile, failed, Arc::new(context))
-        .for_each(|result| async move {
-            if let Err(error) = result {
-                tracing::warn!(%error, "SyncPair: trying again");
-            }
-        })
-        .await;
-}
-
-fn failed(_: Arc<SyncPair>, _: &Error, context: Arc<Context>) -> Action {
-    context.metrics.failed("SyncPair");
-    Action::requeue(RETRY)
+    wake::run(
+        wake::with_pods(wake::controller(api), context.client.clone(), ResourceExt::uid),
+        context,
+        RETRY,
+        reconcile,
+    )
+    .await;
 }
 
 async fn reconcile(pair: Arc<SyncPair>, context: Arc<Context>) -> Result<Action, Error> {

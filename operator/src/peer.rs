@@ -9,7 +9,6 @@ pub mod observe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
 use jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::{Api, ResourceExt};
@@ -30,19 +29,7 @@ const RETRY: Duration = Duration::from_secs(10);
 /// Runs until the process ends.
 pub async fn run(context: Context) {
     let api: Api<PeerCluster> = Api::all(context.client.clone());
-    wake::controller(api)
-        .run(reconcile, failed, Arc::new(context))
-        .for_each(|result| async move {
-            if let Err(error) = result {
-                tracing::warn!(%error, "PeerCluster: trying again");
-            }
-        })
-        .await;
-}
-
-fn failed(_: Arc<PeerCluster>, _: &authority::Error, context: Arc<Context>) -> Action {
-    context.metrics.failed("PeerCluster");
-    Action::requeue(RETRY)
+    wake::run(wake::controller(api), context, RETRY, reconcile).await;
 }
 
 async fn reconcile(peer: Arc<PeerCluster>, context: Arc<Context>) -> Result<Action, authority::Error> {

@@ -13,7 +13,6 @@ pub mod pod;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
 use jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::{Api, ResourceExt};
@@ -49,19 +48,7 @@ pub enum Error {
 pub async fn run(context: Context) {
     let api: Api<SyncReplica> = Api::all(context.client.clone());
     let id = |replica: &SyncReplica| Some(replica.spec.pair_id.clone());
-    wake::with_pods(wake::controller(api), context.client.clone(), id)
-        .run(reconcile, failed, Arc::new(context))
-        .for_each(|result| async move {
-            if let Err(error) = result {
-                tracing::warn!(%error, "SyncReplica: trying again");
-            }
-        })
-        .await;
-}
-
-fn failed(_: Arc<SyncReplica>, _: &Error, context: Arc<Context>) -> Action {
-    context.metrics.failed("SyncReplica");
-    Action::requeue(RETRY)
+    wake::run(wake::with_pods(wake::controller(api), context.client.clone(), id), context, RETRY, reconcile).await;
 }
 
 async fn reconcile(replica: Arc<SyncReplica>, context: Arc<Context>) -> Result<Action, Error> {

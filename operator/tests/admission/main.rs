@@ -60,6 +60,14 @@ struct Stage {
     endpoint: Endpoint,
 }
 
+/// Plays `story` on a stage of its own and takes the stage away.
+async fn staged(test: &str, story: impl AsyncFnOnce(&Stage) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let Some(stage) = Stage::set(test).await? else { return Ok(()) };
+    let result = story(&stage).await;
+    stage.end().await?;
+    result
+}
+
 impl Stage {
     async fn set(test: &str) -> anyhow::Result<Option<Stage>> {
         let pair = Pair::open().await?;
@@ -296,10 +304,7 @@ async fn wired_and_nothing_else(stage: &mut Stage) -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn foreign_pods_are_kept_off_replica_claims_without_any_operator() -> anyhow::Result<()> {
-    let Some(stage) = Stage::set("claims").await? else { return Ok(()) };
-    let result = foreign_pods(&stage).await;
-    stage.end().await?;
-    result
+    staged("claims", foreign_pods).await
 }
 
 async fn foreign_pods(stage: &Stage) -> anyhow::Result<()> {
@@ -363,10 +368,7 @@ async fn foreign_pods(stage: &Stage) -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn foreign_pods_are_kept_off_the_claims_of_a_vm_that_is_at_the_peer() -> anyhow::Result<()> {
-    let Some(stage) = Stage::set("home").await? else { return Ok(()) };
-    let result = foreign_pods_at_home(&stage).await;
-    stage.end().await?;
-    result
+    staged("home", foreign_pods_at_home).await
 }
 
 async fn foreign_pods_at_home(stage: &Stage) -> anyhow::Result<()> {

@@ -163,14 +163,11 @@ async fn left(scene: &Scene, id: &str) -> anyhow::Result<Vec<String>> {
     let mut names = Vec::new();
     for cluster in scene.pair.both() {
         let client = &cluster.client;
-        names.extend(scene.api::<Pod>(client).list_metadata(&labels).await?.into_iter().map(|it| it.metadata.name));
-        names.extend(scene.api::<Secret>(client).list_metadata(&labels).await?.into_iter().map(|it| it.metadata.name));
-        names.extend(
-            scene.api::<ConfigMap>(client).list_metadata(&labels).await?.into_iter().map(|it| it.metadata.name),
-        );
-        names.extend(scene.api::<Service>(client).list_metadata(&labels).await?.into_iter().map(|it| it.metadata.name));
-        let claims = scene.api::<PersistentVolumeClaim>(client).list_metadata(&labels).await?;
-        names.extend(claims.into_iter().map(|it| it.metadata.name));
+        names.extend(scene.names::<Pod>(client, &labels).await?);
+        names.extend(scene.names::<Secret>(client, &labels).await?);
+        names.extend(scene.names::<ConfigMap>(client, &labels).await?);
+        names.extend(scene.names::<Service>(client, &labels).await?);
+        names.extend(scene.names::<PersistentVolumeClaim>(client, &labels).await?);
     }
-    Ok(names.into_iter().flatten().collect())
+    Ok(names)
 }

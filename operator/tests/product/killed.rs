@@ -146,18 +146,17 @@ async fn objects(play: &Play) -> anyhow::Result<BTreeSet<String>> {
     let mut all = BTreeSet::new();
     for (cluster, site) in play.scene.pair.both().into_iter().zip(&play.scene.sites) {
         let client = &cluster.client;
+        let everything = ListParams::default();
         let mut add = |kind: &str, name: String| all.insert(format!("{}: {kind} {name}", site.name));
-        for claim in play.scene.api::<PersistentVolumeClaim>(client).list_metadata(&ListParams::default()).await? {
-            add("claim", claim.name_any());
-        }
-        for secret in play.scene.api::<Secret>(client).list_metadata(&ListParams::default()).await? {
-            add("Secret", secret.name_any());
-        }
-        for map in play.scene.api::<ConfigMap>(client).list_metadata(&ListParams::default()).await? {
-            add("ConfigMap", map.name_any());
-        }
-        for service in play.scene.api::<Service>(client).list_metadata(&ListParams::default()).await? {
-            add("Service", service.name_any());
+        for (kind, names) in [
+            ("claim", play.scene.names::<PersistentVolumeClaim>(client, &everything).await?),
+            ("Secret", play.scene.names::<Secret>(client, &everything).await?),
+            ("ConfigMap", play.scene.names::<ConfigMap>(client, &everything).await?),
+            ("Service", play.scene.names::<Service>(client, &everything).await?),
+        ] {
+            for name in names {
+                add(kind, name);
+            }
         }
         for vm in play.scene.vms(client).list_metadata(&ListParams::default()).await? {
             add("VM", vm.name_any());

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use k8s_openapi::api::core::v1::Namespace;
-use kube::api::{ApiResource, DeleteParams, DynamicObject, PostParams};
-use kube::{Api, Client};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, PostParams};
+use kube::{Api, Client, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use watari_clusters::handle::Pair;
@@ -117,6 +117,17 @@ impl Scene {
         K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()> + DeserializeOwned,
     {
         Api::namespaced(client.clone(), &self.namespace)
+    }
+
+    /// Names of all objects of a kind, in the pairs' namespace.
+    pub async fn names<K>(&self, client: &Client, which: &ListParams) -> anyhow::Result<Vec<String>>
+    where
+        K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + std::fmt::Debug
+            + DeserializeOwned,
+    {
+        Ok(self.api::<K>(client).list_metadata(which).await?.iter().map(|it| it.name_any()).collect())
     }
 
     /// VirtualMachines as people write them, with fields that our view does not know.
